@@ -1,0 +1,1 @@
+"""Client SDK of Ascendra: LLM serving that keeps its latency promises."""

@@ -1,0 +1,84 @@
+"""State that the policies decide on: requests, instances, objectives. Times are seconds on the decider's own clock."""
+
+import enum
+from dataclasses import dataclass, field
+
+from services.policy.step_time import StepTimeModel
+
+
+class Role(enum.StrEnum):
+    """How an instance spends its capacity."""
+
+    LOW = "low"
+    HIGH = "high"
+    UNIFIED = "unified"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Latency objective of one request."""
+
+    ttft_s: float
+    tbt_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class QueuedRequest:
+    """A request whose prefill is not complete: never scheduled, or partly prefilled."""
+
+    request_id: str
+    arrival_s: float
+    """When the router received it."""
+    prompt_tokens: int
+    """Tokens to have in the KV cache before its next token: prompt, and in a move the tokens generated so far."""
+    slo: Slo
+    computed_tokens: int = 0
+    """Of these, already computed here or found in this instance's prefix cache."""
+    priority: int = 0
+    """Lower is more urgent; breaks ties between equal keys."""
+    urgent: bool = False
+    """It was offloaded here because it was about to miss; served first on HP."""
+    ticketed: bool = False
+    """It was admitted by a ticket; served after urgent work on HP."""
+    relegated: bool = False
+    """It lost its priority: served behind all that can still make it."""
+    started: bool = False
+    """Its first chunk has been scheduled; it can no longer be withdrawn."""
+    hops: int = 0
+    """Offloads so far."""
+
+    @property
+    def deadline_s(self) -> float:
+        """Latest time of its first token."""
+        return self.arrival_s + self.slo.ttft_s
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Prefill tokens still to compute."""
+        return max(self.prompt_tokens - self.computed_tokens, 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class InstanceView:
+    """What a decider knows of one instance."""
+
+    worker_id: str
+    role: Role
+    model: StepTimeModel
+    queue: list[QueuedRequest] = field(default_factory=list)
+    """Requests whose prefill is not complete, sent there and not ended, moves in flight included."""
+    decodes: int = 0
+    decode_context_tokens: int = 0
+    min_tbt_s: float = 0.0
+    """Smallest TBT objective among its decodes; 0 when there are none."""
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    """0: unknown."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    report_age_s: float = 0.0
+    """Seconds since its last report."""
+    hop_s: float = 0.0
+    """Seconds a request needs to reach it and its token to come back."""
+    draining: bool = False
+    """It takes no new requests."""
