@@ -1,0 +1,46 @@
+"""Running a service: uvloop, signals that ask it to stop, a ready line on stdout."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import orjson
+import uvloop
+
+from services.common.logging import get_logger
+
+log = get_logger()
+
+
+def run_service(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Run `main(stop)` on uvloop; SIGTERM and SIGINT set `stop`. Returns the exit status of `main`.
+
+    `main` drains when `stop` is set; a second signal ends the process at once with status 1.
+    """
+
+    async def run() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def ask_to_stop(number: signal.Signals) -> None:
+            if stop.is_set():
+                log.warning("second_signal", signal=number.name)
+                os._exit(1)
+            log.info("stopping", signal=number.name)
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ask_to_stop, number)
+        return await main(stop)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def announce_ready(service: str, **details: object) -> None:
+    """Print one JSON line on stdout that says where the service can be reached: {"event": "ready", ...}."""
+    line = {"event": "ready", "service": service, "pid": os.getpid(), **details}
+    sys.stdout.write(orjson.dumps(line).decode() + "\n")
+    sys.stdout.flush()
