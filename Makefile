@@ -1,8 +1,55 @@
-PY := .venv/bin/python
-PROTOS := protos/ascendra/v1
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check lint types fmt protos clean
 
-.PHONY: protos
+VENV := .venv
+PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV)/bin)
+export PATH := $(BIN):$(PATH)
 
-protos: ## Generate the gRPC code (committed; a test fails when it and protos/ differ)
-	.venv/bin/buf lint protos
-	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. $(PROTOS)/*.proto
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## Make .venv with everything that CPU serving, tests and benches need
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/overrides.txt requirements/excludes.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+	$(BIN)/uv pip install --quiet --python $(PY) $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	  --overrides requirements/overrides.txt --excludes requirements/excludes.txt \
+	  --constraints requirements/constraints.txt -e ".[dev,router,predictor,worker-cpu,bench]"
+	touch $@
+
+demo: setup ## Start a cluster on this machine, send it a mixed load, print an SLO table, stop
+	$(BIN)/ascendra demo
+
+up: setup ## Start a cluster on this machine and leave it running until Ctrl-C
+	$(BIN)/ascendra up
+
+test: setup ## Everything: lint, types, unit, component and cluster tests with real vLLM on CPU
+	$(MAKE) lint types
+	$(PY) -m pytest
+
+check: setup ## Lint, types and fast tests, under a minute
+	$(MAKE) lint types
+	$(PY) -m pytest -q -m "not engine and not cluster"
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	lint-imports --no-cache
+	buf lint protos
+
+types: setup
+	mypy
+
+fmt: setup ## Format the code
+	ruff check --fix .
+	ruff format .
+	buf format -w protos
+
+protos: setup ## Generate the gRPC code (committed; a test fails when it and protos/ differ)
+	buf lint protos
+	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/ascendra/v1/*.proto
+
+clean: ## Remove the environment, caches and run files
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis run
