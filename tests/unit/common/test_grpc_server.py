@@ -52,7 +52,8 @@ async def test_service_errors_carry_reason_and_retry_delay(server: GrpcServer) -
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference_pb2_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest())
     error = caught.value
-    metadata: dict[str, Any] = {key: value for key, value in error.trailing_metadata()}
+    trailing: Any = error.trailing_metadata()
+    metadata: dict[str, Any] = dict(trailing)
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert metadata["ascendra-reason"] == "TENANT_LIMIT"
     assert metadata["ascendra-retry-safe"] == "true"
