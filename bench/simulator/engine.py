@@ -1,0 +1,236 @@
+"""vLLM v1's scheduling rules without vLLM: which tokens each step computes, KV blocks, preemption.
+
+Follows `Scheduler.schedule` and `update_from_output` of vLLM 0.32 for decoder-only text without prefix caching,
+speculation and connectors: running requests in list order, then waiting ones; prompts in chunks of what is left of
+the token budget; a request is admitted only when its whole prompt fits into free blocks; a running request that finds
+no block evicts the last of the list (under priority scheduling the least urgent), which starts over; a step that
+evicted admits nobody. A component test compares it with the real scheduler, step by step.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from bench.simulator.request import SimRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The vLLM options that decide what a step computes."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    kv_tokens: int = 380_000
+    """KV cache size; a multiple of `block_tokens`."""
+    block_tokens: int = 16
+    max_model_len: int = 1 << 30
+    watermark: float = 0.0
+    """Share of the blocks that an admission must leave free."""
+    priority: bool = False
+    """`--scheduling-policy priority`: waiting requests by (priority, arrival) instead of in order of arrival."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What one engine step computes."""
+
+    scheduled: list[tuple[SimRequest, int]] = field(default_factory=list)
+    """(request, tokens), in the engine's order."""
+    prefill_tokens: int = 0
+    decodes: int = 0
+    decode_context_tokens: int = 0
+    prefill_context_products: int = 0
+    preempted: list[SimRequest] = field(default_factory=list)
+    admitted: list[SimRequest] = field(default_factory=list)
+
+
+class Engine:
+    """Waiting and running requests of one instance and their KV blocks."""
+
+    __slots__ = (
+        "_block_tokens",
+        "_max_model_len",
+        "_watermark_blocks",
+        "config",
+        "free_blocks",
+        "max_num_seqs",
+        "running",
+        "total_blocks",
+        "waiting",
+    )
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._block_tokens = config.block_tokens
+        self._max_model_len = config.max_model_len
+        # vLLM keeps one block as the null block.
+        self.total_blocks = config.kv_tokens // config.block_tokens - 1
+        self._watermark_blocks = int(config.watermark * (self.total_blocks + 1))
+        self.free_blocks = self.total_blocks
+        self.max_num_seqs = config.max_num_seqs
+        """May be lowered and raised between steps, as an elastic cap."""
+        self.waiting: deque[SimRequest] = deque()
+        self.running: list[SimRequest] = []
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens that the blocks in use have room for."""
+        return (self.total_blocks - self.free_blocks) * self._block_tokens
+
+    def fits(self, request: SimRequest) -> bool:
+        """Whether the request could ever run here: its prompt and output fit into the KV cache and the context."""
+        tokens = request.input_tokens + request.output_tokens
+        return tokens <= min(self.total_blocks * self._block_tokens, self._max_model_len)
+
+    def add(self, request: SimRequest) -> None:
+        """Queue a request."""
+        self._enqueue(request, front=False)
+
+    def withdraw(self, request: SimRequest) -> bool:
+        """Take back a request that was never scheduled; False when it is too late."""
+        if request.started:
+            return False
+        self.waiting.remove(request)
+        return True
+
+    def order_waiting(self, requests: Iterable[SimRequest]) -> None:
+        """Replace the order of the waiting requests; preempted ones are among them."""
+        self.waiting = deque(requests)
+
+    def schedule(self, token_budget: int) -> Step:
+        """Choose the next step's tokens and take the blocks for them."""
+        step = Step()
+        budget = self._schedule_running(step, min(token_budget, self.config.max_num_batched_tokens))
+        if not step.preempted:
+            self._admit(step, budget)
+        return step
+
+    def complete(self, step: Step, now_s: float) -> list[SimRequest]:
+        """Account for a computed step: new tokens at `now_s`. Returns the requests that generated their last one."""
+        finished = []
+        for request, tokens in step.scheduled:
+            computed = request.computed_tokens + tokens
+            request.computed_tokens = computed
+            if computed == request.total_tokens:
+                times = request.token_times_s
+                times.append(now_s)
+                request.total_tokens = computed + 1
+                if len(times) >= request.output_tokens or computed + 1 >= self._max_model_len:
+                    finished.append(request)
+        if finished:
+            gone = set(map(id, finished))
+            self.running = [request for request in self.running if id(request) not in gone]
+            for request in finished:
+                self._release(request)
+        return finished
+
+    def _schedule_running(self, step: Step, budget: int) -> int:
+        index = 0
+        block_tokens = self._block_tokens
+        running = self.running
+        scheduled = step.scheduled
+        while index < len(running) and budget > 0:
+            request = running[index]
+            computed = request.computed_tokens
+            tokens = min(request.total_tokens - computed, budget, self._max_model_len - computed - 1)
+            if tokens <= 0:
+                index += 1
+                continue
+            end = computed + tokens
+            if end > request.kv_tokens:
+                blocks = -(-(end - request.kv_tokens) // block_tokens)
+                while blocks > self.free_blocks:
+                    victim, budget, index = self._evict(step, budget, index)
+                    if victim is request:
+                        # As in vLLM, nothing behind it is scheduled either.
+                        return budget
+                self.free_blocks -= blocks
+                request.kv_tokens += blocks * block_tokens
+            scheduled.append((request, tokens))
+            budget -= tokens
+            if tokens == 1 and computed >= request.input_tokens:
+                step.decodes += 1
+                step.decode_context_tokens += end
+            else:
+                step.prefill_tokens += tokens
+                step.prefill_context_products += tokens * computed
+            index += 1
+        return budget
+
+    def _evict(self, step: Step, budget: int, index: int) -> tuple[SimRequest, int, int]:
+        """Preempt one running request; returns it, the budget and the place of the request at hand."""
+        if self.config.priority:
+            victim = max(self.running, key=_rank)
+            place = self.running.index(victim)
+            del self.running[place]
+            if place < index:
+                index -= 1
+            budget += self._unschedule(step, victim)
+        else:
+            victim = self.running.pop()
+        self._release(victim)
+        victim.prompt_tokens = victim.total_tokens
+        victim.computed_tokens = 0
+        victim.preemptions += 1
+        self._enqueue(victim, front=True)
+        step.preempted.append(victim)
+        return victim, budget, index
+
+    def _unschedule(self, step: Step, victim: SimRequest) -> int:
+        """Take a request out of the step; returns the tokens it had."""
+        for place, (request, tokens) in enumerate(step.scheduled):
+            if request is victim:
+                del step.scheduled[place]
+                computed = victim.computed_tokens
+                if tokens == 1 and computed >= victim.input_tokens:
+                    step.decodes -= 1
+                    step.decode_context_tokens -= computed + 1
+                else:
+                    step.prefill_tokens -= tokens
+                    step.prefill_context_products -= tokens * computed
+                return tokens
+        return 0
+
+    def _admit(self, step: Step, budget: int) -> None:
+        block_tokens = self._block_tokens
+        waiting = self.waiting
+        running = self.running
+        while budget > 0 and waiting and len(running) < self.max_num_seqs:
+            request = waiting[0]
+            watermark = self._watermark_blocks if running else 0
+            whole = min(request.total_tokens, self._max_model_len)
+            if -(-whole // block_tokens) + watermark > self.free_blocks:
+                break
+            waiting.popleft()
+            tokens = min(request.total_tokens - request.computed_tokens, budget)
+            blocks = -(-(request.computed_tokens + tokens) // block_tokens)
+            self.free_blocks -= blocks
+            request.kv_tokens = blocks * block_tokens
+            request.started = True
+            running.append(request)
+            step.scheduled.append((request, tokens))
+            step.admitted.append(request)
+            step.prefill_tokens += tokens
+            step.prefill_context_products += tokens * request.computed_tokens
+            budget -= tokens
+
+    def _release(self, request: SimRequest) -> None:
+        self.free_blocks += request.kv_tokens // self._block_tokens
+        request.kv_tokens = 0
+
+    def _enqueue(self, request: SimRequest, *, front: bool) -> None:
+        if self.config.priority:
+            insort(self.waiting, request, key=_urgency)
+        elif front:
+            self.waiting.appendleft(request)
+        else:
+            self.waiting.append(request)
+
+
+def _rank(request: SimRequest) -> tuple[int, float]:
+    return (request.priority, request.arrival_s)
+
+
+def _urgency(request: SimRequest) -> tuple[int, float, str]:
+    return (request.priority, request.arrival_s, request.request_id)

@@ -1,0 +1,42 @@
+"""A simulated request: what the policies see of it, and what only its engine knows."""
+
+from dataclasses import dataclass, field
+
+from bench.metrics import Outcome
+from services.policy.state import QueuedRequest
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SimRequest(QueuedRequest):
+    """A request in flight. The inherited fields are what policies read; the others are the engine's.
+
+    `prompt_tokens` is what has to be in the KV cache before the next token, so a preempted request's grows by what it
+    had generated. `computed_tokens` is exact at every step end of its instance.
+    """
+
+    output_tokens: int
+    """Tokens it will generate; no policy reads it."""
+    input_tokens: int
+    """Prompt tokens as sent."""
+    slo_class: str = ""
+    prefix_hashes: tuple[int, ...] = ()
+    total_tokens: int = 0
+    """Prompt and generated tokens."""
+    kv_tokens: int = 0
+    """Tokens that its KV blocks have room for."""
+    preemptions: int = 0
+    token_times_s: list[float] = field(default_factory=list)
+    """When each token left the engine."""
+    hop_s: float = 0.0
+    """From there to the caller."""
+    outcome: Outcome = Outcome.UNFINISHED
+    worker: int = -1
+    """Index of the instance that owns it."""
+    moving: bool = False
+    """A withdrawal of it is under way."""
+    was_relegated: bool = False
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all but its newest token is in the KV cache and that token was generated."""
+        return self.total_tokens > self.input_tokens and self.computed_tokens == self.total_tokens - 1
