@@ -1,0 +1,175 @@
+"""Where a new request goes."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from services.policy.prefill import instance_pace
+from services.policy.state import InstanceView, QueuedRequest, Role
+from services.policy.token_budget import BudgetPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementPolicy:
+    """How new requests are placed."""
+
+    name: str = "least_predicted_work"
+    stale_s: float = 1.0
+    """Instances whose last report is older are used only when there is no other."""
+    saturation_s: float = 0.5
+    """prefix_affine leaves the owner once its first token is predicted this much later than the best other's."""
+    max_owners: int = 10_000
+    """Prefixes remembered by prefix_affine."""
+
+    def __post_init__(self) -> None:
+        if self.name not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.name!r}")
+
+
+@dataclass(slots=True)
+class PlacementState:
+    """What placement remembers from request to request; owned by the caller."""
+
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    turn: int = 0
+    owners: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    """Prefix key to worker id, least recently used first."""
+
+
+@dataclass(slots=True)
+class PlacementCandidate:
+    """One instance as placement saw it."""
+
+    worker_id: str
+    ttft_s: float
+    """Predicted seconds to the first token behind everything queued there."""
+    load: float
+    """What the policy compared; smaller is better."""
+    excluded: str = ""
+    """Why it could not be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The choice, with what it was made from."""
+
+    worker_id: str | None
+    """None: no instance takes requests."""
+    rule: str
+    candidates: list[PlacementCandidate]
+
+
+def queue_ttft_s(view: InstanceView, request: QueuedRequest, budget: BudgetPolicy) -> float:
+    """Return the seconds to a new request's first token behind everything queued on an instance."""
+    pace = instance_pace(view, budget)
+    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue)
+    return view.hop_s + pace.finish_s(work_s + pace.remaining_work_s(request))
+
+
+def place(
+    request: QueuedRequest,
+    views: Sequence[InstanceView],
+    policy: PlacementPolicy,
+    state: PlacementState,
+    budget: BudgetPolicy,
+    affinity_key: str = "",
+) -> Placement:
+    """Choose the instance of a new request among those that take arrivals: LP and unified ones, HP only alone.
+
+    Args:
+        affinity_key: identifies the prefix or session for prefix_affine; empty: none.
+    """
+    arrivals = any(view.role is not Role.HIGH and not view.draining for view in views)
+    fresh = any(_usable(view, arrivals) and view.report_age_s <= policy.stale_s for view in views)
+    candidates = []
+    open_views = []
+    for view in views:
+        candidate = PlacementCandidate(view.worker_id, queue_ttft_s(view, request, budget), 0.0)
+        candidates.append(candidate)
+        if view.draining:
+            candidate.excluded = "draining"
+        elif not _usable(view, arrivals):
+            candidate.excluded = "HP takes offloads and tickets only"
+        elif fresh and view.report_age_s > policy.stale_s:
+            candidate.excluded = "its report is stale"
+        else:
+            open_views.append((view, candidate))
+    if not open_views:
+        return Placement(None, "no instance takes requests", candidates)
+    chosen, rule = PLACEMENTS[policy.name](open_views, policy, state, affinity_key)
+    return Placement(chosen, rule, candidates)
+
+
+def _usable(view: InstanceView, arrivals: bool) -> bool:
+    return not view.draining and (view.role is not Role.HIGH or not arrivals)
+
+
+_Open = list[tuple[InstanceView, PlacementCandidate]]
+
+
+def _least(open_views: _Open) -> str:
+    return min(open_views, key=lambda entry: (entry[1].load, entry[0].worker_id))[1].worker_id
+
+
+def round_robin(
+    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """Take turns."""
+    state.turn += 1
+    return sorted(view.worker_id for view, _ in open_views)[(state.turn - 1) % len(open_views)], "its turn"
+
+
+def least_requests(
+    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """Fewest requests, waiting and running."""
+    for view, candidate in open_views:
+        candidate.load = len(view.queue) + view.decodes
+    return _least(open_views), "fewest requests"
+
+
+def least_predicted_work(
+    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """Earliest predicted first token behind all that waits there; decodes count as they slow the prefill."""
+    for _, candidate in open_views:
+        candidate.load = candidate.ttft_s
+    return _least(open_views), "least predicted work"
+
+
+def power_of_two(
+    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """The better, by predicted work, of two drawn at random; for many routers with old reports."""
+    drawn = state.rng.sample(open_views, min(2, len(open_views)))
+    return least_predicted_work(drawn, policy, state, affinity_key)[0], "better of two drawn"
+
+
+def prefix_affine(
+    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """The instance that served this prefix last, until its load saturates."""
+    best, rule = least_predicted_work(open_views, policy, state, affinity_key)
+    if not affinity_key:
+        return best, rule
+    loads = {candidate.worker_id: candidate.load for _, candidate in open_views}
+    owner = state.owners.get(affinity_key)
+    if owner in loads and loads[owner] <= loads[best] + policy.saturation_s:
+        state.owners.move_to_end(affinity_key)
+        return owner, "owns the prefix"
+    state.owners[affinity_key] = best
+    state.owners.move_to_end(affinity_key)
+    while len(state.owners) > policy.max_owners:
+        state.owners.popitem(last=False)
+    return best, "least predicted work; owner saturated or gone" if owner else rule
+
+
+PlacementRule = Callable[[_Open, PlacementPolicy, PlacementState, str], tuple[str, str]]
+PLACEMENTS: dict[str, PlacementRule] = {
+    "round_robin": round_robin,
+    "least_requests": least_requests,
+    "least_predicted_work": least_predicted_work,
+    "power_of_two": power_of_two,
+    "prefix_affine": prefix_affine,
+}

@@ -1,0 +1,160 @@
+"""How long waiting requests take to their first token on an instance."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from services.policy.state import InstanceView, QueuedRequest
+from services.policy.step_time import StepShape, StepTimeBin, StepTimeModel
+from services.policy.token_budget import BudgetPolicy, DecodeLoad, prefill_budget
+
+
+@dataclass(frozen=True, slots=True)
+class TtftEstimate:
+    """Prediction of one request's first token on one instance, in seconds from now."""
+
+    mean_s: float
+    """Until the first token: hop, wait and prefill."""
+    wait_s: float
+    """Of it, before its first prefill token."""
+    prefill_s: float
+    """Of it, prefill."""
+    hop_s: float = 0.0
+    """Of it, on the way there and back."""
+    relegated: bool = False
+    """The instance would serve it behind all that can make it."""
+
+    def planned_s(self, caution: float) -> float:
+        """Return seconds to plan with: the queue and prefill times `caution`, plus the hop."""
+        return self.hop_s + caution * (self.mean_s - self.hop_s)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPace:
+    """How fast an instance prefills beside its present decodes: full steps of known size, one after the other.
+
+    Work is seconds that prefill tokens add to steps; `capacity_s` of it fits into one step beside `overhead_s`.
+    """
+
+    budget_tokens: int
+    """Prefill tokens of a full step without context."""
+    overhead_s: float
+    """Of each full step: launch and decodes."""
+    capacity_s: float
+    """Prefill work that fits into a full step."""
+    token_s: float
+    """Work of one prefill token."""
+    product_s: float
+    """Work of one (prefill token x token of context before its chunk)."""
+    small_max_tokens: int = 0
+    """A lone step of at most this many prefill tokens is timed by the next two."""
+    small_overhead_s: float = 0.0
+    small_token_s: float = 0.0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a full step."""
+        return self.overhead_s + self.capacity_s
+
+    def work_s(self, tokens: int, context_tokens: int = 0) -> float:
+        """Return the work of prefilling `tokens` after `context_tokens`, in chunks of the budget."""
+        later_chunks = max(tokens - self.budget_tokens, 0)
+        return self.token_s * tokens + self.product_s * tokens * (context_tokens + 0.5 * later_chunks)
+
+    def remaining_work_s(self, request: QueuedRequest) -> float:
+        """Return the work that is left of a request's prefill."""
+        return self.work_s(request.remaining_tokens, request.computed_tokens)
+
+    def finish_s(self, work_s: float) -> float:
+        """Return the seconds until this much work, packed into steps, is done."""
+        if work_s <= self.small_max_tokens * self.token_s:
+            return self.small_overhead_s + work_s * (self.small_token_s / self.token_s)
+        return math.ceil(work_s / self.capacity_s) * self.overhead_s + work_s
+
+    def alone_s(self, request: QueuedRequest) -> float:
+        """Return the seconds of a request's remaining prefill with nothing ahead of it."""
+        return self.finish_s(self.remaining_work_s(request))
+
+
+def prefill_pace(model: StepTimeModel, load: DecodeLoad, policy: BudgetPolicy, tbt_s: float = math.inf) -> PrefillPace:
+    """Return the pace beside `load` when steps may take `tbt_s` (infinite: no decodes to protect)."""
+    bound_s = tbt_s if load.decodes and tbt_s > 0 else math.inf
+    budget = prefill_budget(policy, model, load, bound_s)
+    full = model.bin_of(budget + load.decodes)
+    small = model.bins[0]
+    token_s = max(full.prefill_token_s, 1e-9)
+    return PrefillPace(
+        budget_tokens=budget,
+        overhead_s=_overhead_s(full, load),
+        capacity_s=token_s * budget,
+        token_s=token_s,
+        product_s=max(full.a5, 0.0),
+        small_max_tokens=max(min(small.max_tokens or budget, budget) - load.decodes, 0),
+        small_overhead_s=_overhead_s(small, load),
+        small_token_s=max(small.prefill_token_s, 1e-9),
+    )
+
+
+def _overhead_s(bin: StepTimeBin, load: DecodeLoad) -> float:
+    return max(bin.overhead_s(load.decodes, load.context_tokens), 0.0)
+
+
+def instance_pace(view: InstanceView, policy: BudgetPolicy) -> PrefillPace:
+    """Return the pace of an instance as a decider sees it."""
+    load = DecodeLoad(view.decodes, view.decode_context_tokens)
+    return prefill_pace(view.model, load, policy, view.min_tbt_s or math.inf)
+
+
+def predict_in_order(ordered: Iterable[QueuedRequest], pace: PrefillPace, ahead_s: float = 0.0) -> list[TtftEstimate]:
+    """Predict every request of an instance's queue, in the order in which it will be served; O(n).
+
+    Args:
+        ahead_s: prefill work in seconds done before the first of them.
+    """
+    work_s = ahead_s
+    estimates = []
+    for request in ordered:
+        before_s = pace.finish_s(work_s) if work_s > 0 else 0.0
+        work_s += pace.remaining_work_s(request)
+        done_s = pace.finish_s(work_s)
+        # What is ahead may end in the very step in which this one starts.
+        wait_s = min(before_s, done_s)
+        estimates.append(TtftEstimate(done_s, wait_s, done_s - wait_s))
+    return estimates
+
+
+def walk(
+    ordered: Sequence[QueuedRequest],
+    model: StepTimeModel,
+    load: DecodeLoad,
+    policy: BudgetPolicy,
+    tbt_s: float = math.inf,
+) -> list[float]:
+    """Return the seconds to each request's first token by stepping through every chunk; slow and exact.
+
+    Decodes are taken to stay as they are: what finishes its prefill is not added to them.
+    """
+    bound_s = tbt_s if load.decodes and tbt_s > 0 else math.inf
+    left = [request.remaining_tokens for request in ordered]
+    done = [request.computed_tokens for request in ordered]
+    finish = [0.0] * len(left)
+    now_s, head = 0.0, 0
+    while head < len(left):
+        chunks = [(left[i], done[i]) for i in range(head, len(left))]
+        budget = prefill_budget(policy, model, load, bound_s, chunks)
+        tokens = products = 0
+        ended = []
+        for i in range(head, len(left)):
+            chunk = min(left[i], budget - tokens)
+            tokens += chunk
+            products += chunk * done[i]
+            left[i] -= chunk
+            done[i] += chunk
+            if left[i]:
+                break
+            ended.append(i)
+        now_s += model.step_s(StepShape(tokens, load.decodes, load.context_tokens, products))
+        for i in ended:
+            finish[i] = now_s
+        head += len(ended)
+    return finish

@@ -1,0 +1,143 @@
+"""Tickets: short leases with which an HP instance without urgent work draws waiting requests from LP instances."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from services.policy.state import InstanceView, QueuedRequest
+from services.policy.step_time import StepShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketPolicy:
+    """When tickets are issued, and for how long they hold."""
+
+    leases: int = 2
+    """Most live tickets of one instance; 0 turns tickets off."""
+    lease_s: float = 0.2
+    """A ticket that was not redeemed by then is void."""
+    tbt_share: float = 0.8
+    """Issue only while a step with the newcomers takes at most this share of the TBT objective."""
+    kv_share: float = 0.8
+    """Issue only while at most this share of the KV cache is in use."""
+    backlog_tokens: int = 1024
+    """Issue only while fewer prefill tokens than this wait on the instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to send one waiting request to `holder`'s issuer."""
+
+    ticket_id: int
+    issuer: str
+    """Instance with room."""
+    expires_s: float
+    holder: str = ""
+    """Instance that may give a request; empty while not granted."""
+
+
+def ticket_room(view: InstanceView, policy: TicketPolicy, tbt_s: float) -> str:
+    """Return why an instance should not issue tickets now, or an empty string if it may.
+
+    Args:
+        tbt_s: tightest TBT objective that it must keep.
+    """
+    if view.draining:
+        return "draining"
+    if any(request.urgent for request in view.queue):
+        return "urgent requests wait"
+    if sum(request.remaining_tokens for request in view.queue) >= policy.backlog_tokens:
+        return "its own backlog fills a step"
+    if view.decodes + len(view.queue) + policy.leases > view.max_num_seqs:
+        return "no free sequence slots"
+    if view.kv_capacity_tokens and view.kv_used_tokens > policy.kv_share * view.kv_capacity_tokens:
+        return "KV cache is nearly full"
+    mean_context = view.decode_context_tokens / view.decodes if view.decodes else 0.0
+    decodes = view.decodes + policy.leases
+    step_s = view.model.step_s(StepShape(0, decodes, int(decodes * mean_context)))
+    return "decodes fill the step" if tbt_s > 0 and step_s > policy.tbt_share * tbt_s else ""
+
+
+class TicketLedger:
+    """All live tickets; never more of one instance than its leases."""
+
+    def __init__(self, policy: TicketPolicy) -> None:
+        self.policy = policy
+        self._live: dict[int, Ticket] = {}
+        self._ids = itertools.count(1)
+
+    def live(self, issuer: str, now_s: float) -> int:
+        """Return how many tickets of an instance are neither redeemed, revoked nor expired."""
+        self._expire(now_s)
+        return sum(ticket.issuer == issuer for ticket in self._live.values())
+
+    def issue(self, views: Iterable[InstanceView], tbt_s: float, now_s: float) -> list[Ticket]:
+        """Issue as many tickets as the instances with room may, and return them; revoke those of instances without."""
+        issued = []
+        for view in views:
+            if ticket_room(view, self.policy, tbt_s):
+                self.revoke(view.worker_id)
+                continue
+            for _ in range(self.policy.leases - self.live(view.worker_id, now_s)):
+                ticket = Ticket(next(self._ids), view.worker_id, now_s + self.policy.lease_s)
+                self._live[ticket.ticket_id] = ticket
+                issued.append(ticket)
+        return issued
+
+    def grant(self, backlogs_s: dict[str, float], request_s: float, now_s: float) -> list[Ticket]:
+        """Give the free tickets to the most backlogged instances and return those given.
+
+        Args:
+            backlogs_s: seconds of waiting work by instance that could give some away.
+            request_s: seconds of work of a typical request; lowers a backlog for each ticket it gets.
+        """
+        self._expire(now_s)
+        left_s = {worker_id: backlog_s for worker_id, backlog_s in backlogs_s.items() if backlog_s > 0}
+        granted = []
+        for ticket in list(self._live.values()):
+            others = [worker_id for worker_id in left_s if worker_id != ticket.issuer]
+            if ticket.holder or not others:
+                continue
+            holder = max(others, key=lambda worker_id: (left_s[worker_id], worker_id))
+            left_s[holder] -= max(request_s, 1e-6)
+            if left_s[holder] <= 0:
+                del left_s[holder]
+            held = Ticket(ticket.ticket_id, ticket.issuer, ticket.expires_s, holder)
+            self._live[ticket.ticket_id] = held
+            granted.append(held)
+        return granted
+
+    def redeem(self, ticket_id: int, now_s: float) -> bool:
+        """Use a granted ticket up; False when it has expired, was revoked or used, or was never granted."""
+        self._expire(now_s)
+        ticket = self._live.get(ticket_id)
+        if ticket is None or not ticket.holder:
+            return False
+        del self._live[ticket_id]
+        return True
+
+    def revoke(self, issuer: str) -> int:
+        """Void all tickets of an instance (urgent work arrived, or it is gone) and return how many there were."""
+        void = [ticket_id for ticket_id, ticket in self._live.items() if ticket.issuer == issuer]
+        for ticket_id in void:
+            del self._live[ticket_id]
+        return len(void)
+
+    def _expire(self, now_s: float) -> None:
+        for ticket_id in [i for i, ticket in self._live.items() if ticket.expires_s <= now_s]:
+            del self._live[ticket_id]
+
+
+def choose_for_ticket(ordered: Sequence[QueuedRequest], next_step_tokens: int) -> QueuedRequest | None:
+    """Return which waiting request an instance gives for a ticket: the first that its own next step will not reach.
+
+    Args:
+        ordered: its queue as order_waiting returned it; relegated requests come last and so are given last.
+        next_step_tokens: prefill tokens of its next step.
+    """
+    tokens = 0
+    for request in ordered:
+        if not request.started and tokens >= next_step_tokens and not request.ticketed and not request.urgent:
+            return request
+        tokens += request.remaining_tokens
+    return None
