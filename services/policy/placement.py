@@ -74,18 +74,20 @@ def place(
     state: PlacementState,
     budget: BudgetPolicy,
     affinity_key: str = "",
+    predict: Callable[[InstanceView, QueuedRequest, BudgetPolicy], float] = queue_ttft_s,
 ) -> Placement:
     """Choose the instance of a new request among those that take arrivals: LP and unified ones, HP only alone.
 
     Args:
         affinity_key: identifies the prefix or session for prefix_affine; empty: none.
+        predict: seconds to a request's first token on an instance; a caller may pass one that remembers.
     """
     arrivals = any(view.role is not Role.HIGH and not view.draining for view in views)
     fresh = any(_usable(view, arrivals) and view.report_age_s <= policy.stale_s for view in views)
     candidates = []
     open_views = []
     for view in views:
-        candidate = PlacementCandidate(view.worker_id, queue_ttft_s(view, request, budget), 0.0)
+        candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
         candidates.append(candidate)
         if view.draining:
             candidate.excluded = "draining"
