@@ -1,0 +1,1 @@
+"""What the router adds: latency and CPU per token against the same client directly on a worker."""
