@@ -1,1 +1,67 @@
 """Client SDK of Ascendra: LLM serving that keeps its latency promises."""
+
+from ascendra.blocking import Client
+from ascendra.client import AsyncClient
+from ascendra.errors import (
+    AscendraError,
+    CancelledByServerError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ProtocolError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from ascendra.retry import RetryPolicy
+from ascendra.session import Session
+from ascendra.types import (
+    Attempt,
+    Chunk,
+    Completion,
+    Finished,
+    FinishReason,
+    Message,
+    MoveContract,
+    PositionLogprobs,
+    Receipt,
+    RequestOptions,
+    Role,
+    SamplingParams,
+    Slo,
+    StructuredOutput,
+    TokenLogprob,
+    Usage,
+)
+
+__all__ = [
+    "AscendraError",
+    "AsyncClient",
+    "Attempt",
+    "CancelledByServerError",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DeadlineExceededError",
+    "FinishReason",
+    "Finished",
+    "InternalError",
+    "InvalidArgumentError",
+    "Message",
+    "MoveContract",
+    "NotFoundError",
+    "PositionLogprobs",
+    "ProtocolError",
+    "Receipt",
+    "RequestOptions",
+    "ResourceExhaustedError",
+    "RetryPolicy",
+    "Role",
+    "SamplingParams",
+    "Session",
+    "Slo",
+    "StructuredOutput",
+    "TokenLogprob",
+    "UnavailableError",
+    "Usage",
+]

@@ -1,0 +1,170 @@
+"""The blocking twin of `AsyncClient`, for scripts and threads."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine, Generator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar, Unpack
+
+import grpc
+
+from ascendra.client import DEFAULT_CONTROL_TIMEOUT_S, DEFAULT_TIMEOUT_S, AsyncClient
+from ascendra.endpoints import Addresses
+from ascendra.retry import RetryPolicy
+from ascendra.types import Chunk, Completion, Message, RequestOptions, Role
+from ascendra.v1 import cluster_pb2, inference_pb2
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """Talks to one router or several from ordinary code; may be shared by threads.
+
+    The calls are those of `AsyncClient`. They run on one background event loop, which all clients of the process
+    share: gRPC wants no more than one. Do not use it in a process that has an event loop of its own for gRPC.
+
+    Example:
+        with Client("127.0.0.1:7100") as client:
+            print(client.generate("Once upon a time").text)
+    """
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        control_timeout_s: float = DEFAULT_CONTROL_TIMEOUT_S,
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a client; the arguments are those of `AsyncClient`."""
+        self._client = AsyncClient(
+            addresses,
+            timeout_s=timeout_s,
+            control_timeout_s=control_timeout_s,
+            retry=retry,
+            credentials=credentials,
+            metadata=metadata,
+        )
+        self._loop = _LoopThread.acquire()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if not self._closed:
+            self._closed = True
+            self._loop.run(self._client.close())
+            _LoopThread.release()
+
+    def generate(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Completion:
+        """Return one completion; as `AsyncClient.generate`."""
+        return self._loop.run(self._client.generate(prompt, **options))
+
+    def stream(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Generator[Chunk]:
+        """Yield a completion as it is generated; as `AsyncClient.stream`."""
+        chunks = self._client.stream(prompt, **options)
+        try:
+            while (chunk := self._loop.run(anext(chunks, None))) is not None:
+                yield chunk
+        finally:
+            self._loop.run(chunks.aclose())
+
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message | Mapping[str, str]] | None = None,
+        model: str = "",
+        skip_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return the token ids of a text or a conversation."""
+        call = self._client.tokenize(text, messages=messages, model=model, skip_special_tokens=skip_special_tokens)
+        return self._loop.run(call)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Return the text of token ids."""
+        return self._loop.run(self._client.detokenize(token_ids, model=model))
+
+    def models(self) -> list[inference_pb2.Model]:
+        """Return the models that the router serves."""
+        return self._loop.run(self._client.models())
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """Return the cluster as one router sees it."""
+        return self._loop.run(self._client.status())
+
+    def watch_status(self, interval_s: float = 1.0) -> Generator[cluster_pb2.GetStatusResponse]:
+        """Yield the cluster as one router sees it, every interval_s seconds, until it fails."""
+        statuses = self._client.watch_status(interval_s)
+        try:
+            while (status := self._loop.run(anext(statuses, None))) is not None:
+                yield status
+        finally:
+            self._loop.run(statuses.aclose())
+
+    def explain(self, request_id: str) -> cluster_pb2.ExplainResponse:
+        """Return the decisions about a request."""
+        return self._loop.run(self._client.explain(request_id))
+
+    def set_role(self, worker_id: str, role: Role | str) -> Role:
+        """Change a worker's role and return the one now in force."""
+        return self._loop.run(self._client.set_role(worker_id, role))
+
+    def drain(self, worker_id: str, *, timeout_s: float | None = None) -> int:
+        """Stop placing on a worker and return how many requests it still has."""
+        return self._loop.run(self._client.drain(worker_id, timeout_s=timeout_s))
+
+
+class _LoopThread:
+    """An event loop in a thread, alive while a client uses it."""
+
+    _shared: ClassVar["_LoopThread | None"] = None
+    _users: ClassVar[int] = 0
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ascendra-client", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls) -> "_LoopThread":
+        """Return the shared loop, starting it for the first user."""
+        with cls._lock:
+            if cls._shared is None:
+                cls._shared = cls()
+            cls._users += 1
+            return cls._shared
+
+    @classmethod
+    def release(cls) -> None:
+        """Stop the shared loop after its last user."""
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0 and cls._shared is not None:
+                cls._shared._stop()
+                cls._shared = None
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine on the loop and wait for it; an interrupt of the wait cancels it."""
+        future: concurrent.futures.Future[_T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,92 @@
+"""The routers a client knows: one channel each, used in turn."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import grpc
+import grpc.aio
+
+from ascendra.errors import InvalidArgumentError
+from ascendra.v1 import cluster_pb2_grpc, inference_pb2_grpc
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", 16 << 20),
+    # Without it a slow reader's window grows and the router buffers without bound.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+Addresses = str | Sequence[str]
+"""One router or several: host:port or unix:PATH."""
+
+
+class Endpoint:
+    """One router."""
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None) -> None:
+        self.address = address
+        if credentials is None:
+            self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        self.inference = cast("inference_pb2_grpc.InferenceServiceAsyncStub", _inference_stub(self.channel))
+        self.cluster = cast("cluster_pb2_grpc.ClusterServiceAsyncStub", _cluster_stub(self.channel))
+
+    def is_down(self) -> bool:
+        """Whether the last attempt to connect failed; asking makes an idle channel connect."""
+        return self.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+
+class Endpoints:
+    """Round robin over the routers, passing over those that are down while another is not.
+
+    Channels are made at first use, on the loop that uses them.
+    """
+
+    def __init__(
+        self, addresses: Addresses, credentials: grpc.ChannelCredentials | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        if not self.addresses or not all(self.addresses):
+            raise InvalidArgumentError("addresses: give at least one router, as host:port or unix:PATH")
+        self.metadata = tuple((metadata or {}).items())
+        self._credentials = credentials
+        self._endpoints: list[Endpoint] = []
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def pick(self) -> Endpoint:
+        """Return the router for the next call."""
+        order = self.in_turn()
+        return next((endpoint for endpoint in order if not endpoint.is_down()), order[0])
+
+    def in_turn(self) -> list[Endpoint]:
+        """Return every router once, starting with the next one."""
+        if not self._endpoints:
+            self._endpoints = [Endpoint(address, self._credentials) for address in self.addresses]
+        start = self._next % len(self._endpoints)
+        self._next += 1
+        return self._endpoints[start:] + self._endpoints[:start]
+
+    async def close(self) -> None:
+        """Close the channels; calls in flight end with an error."""
+        endpoints, self._endpoints = self._endpoints, []
+        await asyncio.gather(*(endpoint.channel.close(None) for endpoint in endpoints))
+
+
+def _inference_stub(channel: grpc.aio.Channel) -> object:
+    return inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+def _cluster_stub(channel: grpc.aio.Channel) -> object:
+    return cluster_pb2_grpc.ClusterServiceStub(channel)
