@@ -54,9 +54,18 @@ class SloClass:
     """Objective of a share of the requests."""
 
     name: str
-    slo_of: Callable[[int], Slo]
-    """From prompt tokens."""
+    ttft_s: float
+    tbt_s: float
     share: float = 1.0
+    per_unloaded_ttft: float = 0.0
+    """Seconds of TTFT objective added per second of unloaded TTFT."""
+    unloaded_ttft_s: Callable[[int], float] | None = None
+    """TTFT of a prompt of that many tokens on an idle instance."""
+
+    def slo_of(self, prompt_tokens: int) -> Slo:
+        """Return the objective of a request."""
+        scaled_s = self.per_unloaded_ttft * self.unloaded_ttft_s(prompt_tokens) if self.unloaded_ttft_s else 0.0
+        return Slo(ttft_s=self.ttft_s + scaled_s, tbt_s=self.tbt_s)
 
 
 class TraceFormatError(ValueError):
@@ -104,18 +113,18 @@ def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClas
     """
     match name.upper():
         case "A":
-            return (_uniform("A", 2.0, 0.1),)
+            return (SloClass("A", 2.0, 0.1),)
         case "B":
-            return (SloClass("B", lambda prompt: Slo(ttft_s=0.2 + 5 * unloaded_ttft_s(prompt), tbt_s=0.05)),)
+            return (SloClass("B", 0.2, 0.05, per_unloaded_ttft=5.0, unloaded_ttft_s=unloaded_ttft_s),)
         case "C":
-            return (_uniform("interactive", 1.0, 0.05, 0.5), _uniform("relaxed", 10.0, 0.2, 0.5))
+            return (SloClass("interactive", 1.0, 0.05, share=0.5), SloClass("relaxed", 10.0, 0.2, share=0.5))
     try:
         ttft_ms, tbt_ms = (float(part) for part in name.split("/"))
     except ValueError:
         raise ValueError(f"SLO set {name!r}: expected A, B, C or <ttft_ms>/<tbt_ms>") from None
     if min(ttft_ms, tbt_ms) <= 0:
         raise ValueError(f"SLO set {name!r}: objectives must be positive")
-    return (_uniform(name, ttft_ms / 1e3, tbt_ms / 1e3),)
+    return (SloClass(name, ttft_ms / 1e3, tbt_ms / 1e3),)
 
 
 def make_workload(
@@ -165,11 +174,6 @@ def make_workload(
         )
         for index, (time_s, row, slo_class) in enumerate(zip(times, rows, chosen, strict=True))
     ]
-
-
-def _uniform(name: str, ttft_s: float, tbt_s: float, share: float = 1.0) -> SloClass:
-    slo = Slo(ttft_s=ttft_s, tbt_s=tbt_s)
-    return SloClass(name, lambda _prompt: slo, share)
 
 
 def _renewal_times(arrivals: str, requests: int, rate_rps: float, rng: random.Random) -> list[float]:

@@ -1,20 +1,15 @@
 """The processes that are measured: one emulated worker, one or two routers."""
 
-import asyncio
 import contextlib
 import json
-import sys
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 
+from bench.processes import Processes
 from services.policy.step_time import StepTimeBin, StepTimeModel
-
-READY_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -45,54 +40,29 @@ def _cpu_s(pid: int) -> float:
 @contextlib.asynccontextmanager
 async def running_cluster(model: Path, routers: int, step_ms: float) -> AsyncIterator[Cluster]:
     """Start a worker whose every step takes step_ms, and routers in front of it; stop them at the end."""
-    processes: list[asyncio.subprocess.Process] = []
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "profile.json"
+    async with Processes() as processes:
+        profile = processes.folder / "profile.json"
         profile.write_text(json.dumps(constant_profile(step_ms).to_dict()))
-        config = Path(folder) / "worker.yaml"
-        config.write_text(yaml.safe_dump(worker_config(model, profile)))
-        try:
-            fleet, ready = await _start(processes, "services.worker.fleet", "--worker", str(config))
-            worker_address = str(ready["address"])
-            worker_pids = [child.pid for child in psutil.Process(fleet.pid).children(recursive=True)]
-            router_addresses, router_pids = [], []
-            for _ in range(routers):
-                router, ready = await _start(
-                    processes,
-                    "services.router",
-                    *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
-                    *("--workers", worker_address, "--model", str(model)),
-                )
-                router_addresses.append(str(ready["address"]))
-                router_pids.append(router.pid)
-            yield Cluster(worker_address, router_addresses, worker_pids, router_pids, 1000 / step_ms)
-        finally:
-            for process in reversed(processes):
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-            for process in processes:
-                try:
-                    await asyncio.wait_for(process.wait(), 20)
-                except TimeoutError:
-                    process.kill()
-
-
-async def _start(
-    processes: list[asyncio.subprocess.Process], module: str, *arguments: str
-) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    processes.append(process)
-    assert process.stdout is not None
-    async with asyncio.timeout(READY_TIMEOUT_S):
-        while line := await process.stdout.readline():
-            event = json.loads(line)
-            if event.get("event") in ("ready", "worker_ready"):
-                return process, event
-    raise RuntimeError(f"{module} ended before it was ready")
+        addresses, worker_pids = await processes.start_workers([worker_config(model, profile)])
+        started = [
+            await processes.start_service(
+                "services.router",
+                {
+                    "listen": "127.0.0.1:0",
+                    "metrics-listen": "127.0.0.1:0",
+                    "workers": addresses,
+                    "model": str(model),
+                },
+            )
+            for _ in range(routers)
+        ]
+        yield Cluster(
+            worker_address=addresses[0],
+            router_addresses=[address for address, _ in started],
+            worker_pids=worker_pids,
+            router_pids=[pid for _, pid in started],
+            steps_per_s=1000 / step_ms,
+        )
 
 
 def constant_profile(step_ms: float) -> StepTimeModel:
@@ -104,7 +74,6 @@ def worker_config(model: Path, profile: Path) -> dict[str, object]:
     """An emulated worker with room for every stream."""
     return {
         "listen": "127.0.0.1:0",
-        "metrics-listen": "127.0.0.1:0",
         "worker-id": "bench",
         "role": "unified",
         "engine": "emulated",

@@ -1,0 +1,208 @@
+"""Capacity in the simulator: the highest rate at which a share of all requests attains, per system and seed.
+
+python -m bench.capacity --trace conv.csv.gz --slo 1000/100 --instances 8 --policies ascendra,unified --out out.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.metrics import attains, summarize
+from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
+from bench.simulator.systems import SYSTEMS, simulate
+
+FIRST_GROWTH = 1.3
+"""Factor between the rates that look for a bracket."""
+LOWEST_SHARE = 1e-2
+"""A system that fails at this share of the first rate has capacity 0."""
+
+
+@dataclass(slots=True)
+class CapacitySearch:
+    """Finds the highest rate at which a falling function of the rate is still at a target; remembers every point."""
+
+    attainment: Callable[[float], float]
+    start_rps: float
+    tolerance: float = 0.015
+    """Width of the final bracket, relative."""
+    points: dict[float, float] = field(default_factory=dict)
+
+    def find(self, target: float) -> float:
+        """Return the rate, linear between the last that passes and the first that fails; 0 when none passes."""
+        low, high = self._bracket(target)
+        while high - low > self.tolerance * high:
+            middle = (low + high) / 2
+            if self._at(middle) >= target:
+                low = middle
+            else:
+                high = middle
+            if high < LOWEST_SHARE * self.start_rps:
+                return 0.0
+        above, below = self.points[low] - target, target - self.points[high]
+        return low + (high - low) * above / (above + below)
+
+    def _at(self, rate_rps: float) -> float:
+        if rate_rps not in self.points:
+            self.points[rate_rps] = self.attainment(rate_rps)
+        return self.points[rate_rps]
+
+    def _bracket(self, target: float) -> tuple[float, float]:
+        """Return a passing and a failing rate, from known points where possible; 0 passes by definition."""
+        self._at(self.start_rps)
+        failing = [rate for rate, share in self.points.items() if share < target]
+        high = min(failing, default=0.0)
+        passing = [rate for rate, share in self.points.items() if share >= target and (not failing or rate < high)]
+        low = max(passing, default=0.0)
+        while not high:
+            rate = low * FIRST_GROWTH
+            if self._at(rate) < target:
+                high = rate
+            else:
+                low = rate
+        while not low and high > LOWEST_SHARE * self.start_rps:
+            rate = high / FIRST_GROWTH
+            if self._at(rate) >= target:
+                low = rate
+            else:
+                high = rate
+        if not low:
+            self.points.setdefault(0.0, 1.0)
+        return low, high
+
+
+def first_guess_rps(setting: Setting) -> float:
+    """Return a rate near the knee: instances over the seconds of one request's share of full steps."""
+    model = setting.cluster.truth.model.bins[-1]
+    prompts = statistics.fmean(row.prompt_tokens for row in setting.trace)
+    outputs = statistics.fmean(row.output_tokens for row in setting.trace)
+    seconds = model.prefill_token_s * prompts + max(model.a1 + model.a3 + model.a4 * prompts, 0.0) * outputs
+    return 0.85 * setting.cluster.instances / seconds
+
+
+def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) -> dict[str, Any]:
+    """Search one system's capacities with one seed; returns plain data."""
+    started = time.perf_counter()
+    config = replace(setting.cluster, seed=seed)
+    simulated = 0
+
+    def attainment(rate_rps: float) -> float:
+        nonlocal simulated
+        workload = setting.workload(rate_rps, seed)
+        records = simulate(SYSTEMS[name], workload, config).records[int(WARMUP_SHARE * len(workload)) :]
+        simulated += len(workload)
+        return sum(map(attains, records)) / len(records)
+
+    search = CapacitySearch(attainment, first_guess_rps(setting))
+    capacities = {f"{target:g}": search.find(target) for target in targets}
+    return {
+        "policy": name,
+        "seed": seed,
+        "capacity_rps": capacities,
+        "points": sorted([rate, share] for rate, share in search.points.items() if rate),
+        "requests_simulated": simulated,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def report_at(setting: Setting, name: str, seed: int, rate_rps: float) -> dict[str, Any]:
+    """Return the full report of one run."""
+    workload = setting.workload(rate_rps, seed)
+    run = simulate(SYSTEMS[name], workload, replace(setting.cluster, seed=seed))
+    return summarize(run.records[int(WARMUP_SHARE * len(workload)) :]).as_dict()
+
+
+def table(results: Sequence[dict[str, Any]], policies: Sequence[str], targets: Sequence[float]) -> str:
+    """Lay out mean, lowest and highest capacity over seeds."""
+    lines = ["policy".ljust(26) + "".join(f"@{target:.0%} rps (min-max)".rjust(26) for target in targets)]
+    for name in policies:
+        cells = []
+        for target in targets:
+            values = [r["capacity_rps"][f"{target:g}"] for r in results if r["policy"] == name]
+            cells.append(f"{statistics.fmean(values):.2f} ({min(values):.2f}-{max(values):.2f})".rjust(26))
+        lines.append(name.ljust(26) + "".join(cells))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.capacity", description=__doc__.split("\n")[0])
+    add_setting_options(parser)
+    parser.add_argument("--policies", default="all", help="comma-separated names, or all (default)")
+    parser.add_argument("--targets", default="0.99,0.9", help="joint attainment (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--overload", type=float, default=0.0, help="also report runs at this many times the capacity of --knee"
+    )
+    parser.add_argument(
+        "--knee", default="unified", help="policy whose 99%% capacity is the knee (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the raw results")
+    args = parser.parse_args(argv)
+    setting = setting_from(args)
+    policies = systems_from(args.policies)
+    targets = [float(target) for target in args.targets.split(",")]
+    if args.overload and (args.knee not in policies or 0.99 not in targets):
+        parser.error("--overload needs --knee among --policies and 0.99 among --targets")
+    # Seeds outside, systems inside: whatever disturbs the machine meanwhile disturbs all of them alike.
+    tasks = [(name, seed) for seed in range(1, args.seeds + 1) for name in policies]
+    results = []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        pending = [pool.submit(measure, setting, name, seed, targets) for name, seed in tasks]
+        for done, future in enumerate(as_completed(pending), 1):
+            result = future.result()
+            results.append(result)
+            found = "  ".join(f"@{target} {rate:.2f} rps" for target, rate in result["capacity_rps"].items())
+            print(
+                f"[{done}/{len(tasks)}] {result['policy']} seed {result['seed']}: {found}  ({result['seconds']:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+        overload = []
+        if args.overload:
+            overload = _overload(pool, setting, policies, results, args)
+    print(table(results, policies, targets))
+    if overload:
+        print(f"\nat {args.overload:g}x the 99% capacity of {args.knee}:")
+        print(_overload_table(overload, policies))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**provenance(args), "results": results, "overload": overload}, indent=1) + "\n")
+
+
+def _overload(
+    pool: ProcessPoolExecutor,
+    setting: Setting,
+    policies: Sequence[str],
+    results: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    knees = {r["seed"]: r["capacity_rps"]["0.99"] for r in results if r["policy"] == args.knee}
+    tasks = [(name, seed, args.overload * knee) for seed, knee in knees.items() for name in policies]
+    futures = [pool.submit(report_at, setting, *task) for task in tasks]
+    return [
+        {"policy": name, "seed": seed, "rate_rps": rate, "report": future.result()}
+        for (name, seed, rate), future in zip(tasks, futures, strict=True)
+    ]
+
+
+def _overload_table(overload: Sequence[dict[str, Any]], policies: Sequence[str]) -> str:
+    lines = ["policy".ljust(26) + "".join(head.rjust(16) for head in ("joint", "longest tenth", "worst wait s"))]
+    for name in policies:
+        reports = [entry["report"] for entry in overload if entry["policy"] == name]
+        joint = statistics.fmean(report["joint"] for report in reports)
+        longest = statistics.fmean(report["joint_by_prompt_decile"][-1] for report in reports)
+        wait_s = max(report["longest_wait_s"] for report in reports)
+        lines.append(name.ljust(26) + f"{joint:16.3f}{longest:16.3f}{wait_s:16.1f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The systems that are compared live: the same emulated workers and the same router, under different policies.
+
+`vllm-*` workers run vLLM's own behaviour (arrival order, static token budget, nothing given up) behind a router that
+only balances; the `ascendra-*` systems switch one mechanism off or exchange it.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.processes import Processes
+
+STOCK = {"value-function": "fcfs", "token-budget": "static", "relegation": "none"}
+BALANCE_ONLY = {"offload": False, "tickets": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """How workers and router are configured."""
+
+    hp: int = 1
+    """HP workers of those there are; 0: all unified."""
+    worker: Mapping[str, Any] = field(default_factory=dict)
+    router: Mapping[str, Any] = field(default_factory=dict)
+    predictor: bool = True
+
+
+def _stock(placement: str, budget_tokens: int) -> System:
+    return System(
+        hp=0,
+        worker={**STOCK, "static-budget-tokens": budget_tokens},
+        router={**BALANCE_ONLY, "placement": placement},
+        predictor=False,
+    )
+
+
+def _order(value_function: str) -> System:
+    return System(worker={"value-function": value_function})
+
+
+SYSTEMS: dict[str, System] = {
+    "vllm-rr-2048": _stock("round_robin", 2048),
+    "vllm-rr-1024": _stock("round_robin", 1024),
+    "vllm-rr-512": _stock("round_robin", 512),
+    "vllm-least-512": _stock("least_requests", 512),
+    "unified": System(hp=0),
+    "ascendra": System(),
+    "ascendra-2hp": System(hp=2),
+    "ascendra-no-offload": System(router={"offload": False}),
+    "ascendra-no-tickets": System(router={"tickets": False}),
+    "ascendra-static-512": System(worker={"token-budget": "static", "static-budget-tokens": 512}),
+    "ascendra-no-relegation": System(worker={"relegation": "none"}),
+    "ascendra-no-predictor": System(predictor=False),
+    **{f"ascendra-{name}": _order(name) for name in ("fcfs", "edf", "sjf", "hybrid", "hrrn")},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """What every system runs on."""
+
+    count: int
+    model: Path
+    """Directory whose tokenizer the router uses; the engine is emulated."""
+    profile: str
+    """Step-time profile by name or file."""
+    jitter_sigma: float
+    max_model_len: int
+    kv_capacity_tokens: int
+
+
+@contextlib.asynccontextmanager
+async def running_system(system: System, workers: Workers, *, seed: int) -> AsyncIterator[str]:
+    """Start a system and yield its router's address."""
+    async with Processes() as processes:
+        predictor = ""
+        if system.predictor:
+            predictor, _ = await processes.start_service(
+                "services.predictor", {"listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
+            )
+        configs = [_worker_config(system, workers, index, predictor, seed) for index in range(workers.count)]
+        addresses, _ = await processes.start_workers(configs)
+        router = {
+            "listen": "127.0.0.1:0",
+            "metrics-listen": "127.0.0.1:0",
+            "workers": addresses,
+            "predictor": predictor,
+            "model": str(workers.model),
+            **system.router,
+        }
+        address, _ = await processes.start_service("services.router", router)
+        yield address
+
+
+def _worker_config(system: System, workers: Workers, index: int, predictor: str, seed: int) -> dict[str, Any]:
+    high = index >= workers.count - system.hp
+    return {
+        "listen": "127.0.0.1:0",
+        "worker-id": f"w{index}",
+        "role": "unified" if system.hp == 0 else "high" if high else "low",
+        "engine": "emulated",
+        "model": str(workers.model),
+        "max-model-len": workers.max_model_len,
+        "kv-capacity-tokens": workers.kv_capacity_tokens,
+        "step-time-profile": workers.profile,
+        "jitter-sigma": workers.jitter_sigma,
+        "prefix-caching": False,
+        "predictor": predictor,
+        "seed": seed * 1000 + index,
+        **system.worker,
+    }

@@ -1,0 +1,134 @@
+"""Command-line options that the simulator's commands share."""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.simulator.cluster import ClusterConfig
+from bench.simulator.engine import EngineConfig
+from bench.simulator.instance import StepTimeTruth
+from bench.simulator.systems import SYSTEMS
+from bench.workloads import SloClass, TraceRow, WorkloadRequest, load_trace, make_workload, slo_set
+from services.policy.step_time import PROFILES, StepShape, StepTimeModel
+
+UNLOADED_CHUNK_TOKENS = 2048
+WARMUP_SHARE = 0.05
+"""Share of the requests, first to arrive, that warm the cluster up and are left out of every number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a command compares under: everything but system, rate and seed."""
+
+    trace: Sequence[TraceRow]
+    arrivals: str
+    requests: int
+    classes: Sequence[SloClass]
+    cluster: ClusterConfig
+
+    def workload(self, rate_rps: float, seed: int) -> list[WorkloadRequest]:
+        """Return the requests at a rate."""
+        return make_workload(
+            self.trace,
+            arrivals=self.arrivals,
+            rate_rps=rate_rps,
+            requests=self.requests,
+            classes=self.classes,
+            seed=seed,
+        )
+
+
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `setting_from` reads."""
+    parser.add_argument("--trace", type=Path, required=True, help="trace file; formats: see bench/workloads.py")
+    parser.add_argument("--arrivals", default="poisson", help="poisson, gamma:<cv> or trace (default: %(default)s)")
+    parser.add_argument("--slo", default="1000/100", help="A, B, C or <ttft ms>/<tbt ms> (default: %(default)s)")
+    parser.add_argument("--instances", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--requests", type=int, default=0, help="per run; default: 4000, or the whole trace in its time"
+    )
+    parser.add_argument(
+        "--profile",
+        default="a100-llama3-8b",
+        help=f"step-time model: {', '.join(PROFILES)} or a JSON file (default: %(default)s)",
+    )
+    parser.add_argument("--jitter", type=float, default=0.03, help="sigma of log(step time) (default: %(default)s)")
+    parser.add_argument("--bias", type=float, default=1.0, help="real over believed step time (default: %(default)s)")
+    parser.add_argument("--overhead-ms", type=float, default=0.5, help="between steps (default: %(default)s)")
+    parser.add_argument("--hop-ms", type=float, default=1.0, help="router to worker (default: %(default)s)")
+    parser.add_argument("--staleness-ms", type=float, default=2.0, help="of reports, past a hop (default: %(default)s)")
+    parser.add_argument("--kv-tokens", type=int, default=380_000, help="KV cache of an instance (default: %(default)s)")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="default: %(default)s")
+
+
+def setting_from(args: argparse.Namespace) -> Setting:
+    """Build a setting; exits with a message when an option makes no sense."""
+    try:
+        model = load_profile(args.profile)
+        trace = load_trace(args.trace)
+        requests = args.requests or (len(trace) if args.arrivals == "trace" else 4000)
+        cluster = ClusterConfig(
+            instances=args.instances,
+            engine=EngineConfig(kv_tokens=args.kv_tokens, max_num_seqs=args.max_num_seqs),
+            believed=model,
+            truth=StepTimeTruth(
+                model=model, bias=args.bias, jitter_sigma=args.jitter, overhead_s=args.overhead_ms / 1e3
+            ),
+            hop_s=args.hop_ms / 1e3,
+            staleness_s=args.staleness_ms / 1e3,
+        )
+        setting = Setting(trace, args.arrivals, requests, slo_set(args.slo, UnloadedTtft(model)), cluster)
+        setting.workload(1.0, 0)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    return setting
+
+
+def systems_from(names: str) -> list[str]:
+    """Return system names from a comma-separated list; exits with a message when one is unknown."""
+    chosen = list(SYSTEMS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in SYSTEMS]
+    if unknown or not chosen:
+        sys.exit(f"error: unknown policies {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
+    return chosen
+
+
+def load_profile(name: str) -> StepTimeModel:
+    """Return a named step-time model, or one from a JSON file.
+
+    Raises:
+        OSError: neither a known name nor a readable file.
+        ValueError: not a step-time model.
+    """
+    if name in PROFILES:
+        return PROFILES[name]
+    return StepTimeModel.from_dict(json.loads(Path(name).read_text()))
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadedTtft:
+    """TTFT (s) by prompt tokens on an idle instance, in chunks of vLLM's default budget."""
+
+    model: StepTimeModel
+
+    def __call__(self, prompt_tokens: int) -> float:
+        """Add up the steps."""
+        total_s = 0.0
+        for start in range(0, prompt_tokens, UNLOADED_CHUNK_TOKENS):
+            chunk = min(UNLOADED_CHUNK_TOKENS, prompt_tokens - start)
+            total_s += self.model.step_s(StepShape(chunk, 0, 0, chunk * start))
+        return total_s
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result file needs to be repeated."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    options["trace"] = Path(args.trace).name
+    return {"options": options, "commit": commit, "python": platform.python_version()}

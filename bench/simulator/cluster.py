@@ -1,0 +1,184 @@
+"""The event loop: arrivals, messages that take time, engine steps; and a router that decides."""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bench.metrics import Outcome, RequestRecord
+from bench.simulator.engine import EngineConfig
+from bench.simulator.instance import Instance, StepReport, StepTimeTruth
+from bench.simulator.request import SimRequest
+from bench.workloads import WorkloadRequest
+from services.policy.step_time import A100_LLAMA3_8B, StepTimeModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """The simulated hardware and network; the same for every policy that is compared."""
+
+    instances: int = 8
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    believed: StepTimeModel = A100_LLAMA3_8B
+    """What the policies plan with."""
+    truth: StepTimeTruth = field(default_factory=lambda: StepTimeTruth(model=A100_LLAMA3_8B))
+    hop_s: float = 0.001
+    """Router to worker, and back to the caller."""
+    staleness_s: float = 0.002
+    """Age of a worker's report when the router uses it, beyond the hop."""
+    drain_s: float = 600.0
+    """The run ends this long after the last arrival; what is not finished then is unfinished."""
+    seed: int = 0
+
+
+class Router(Protocol):
+    """Decides where requests go. Called by the cluster; answers through `Cluster.send`, `withdraw` and `refuse`."""
+
+    def on_arrival(self, request: SimRequest, now_s: float) -> None:
+        """A request came in."""
+
+    def on_report(self, index: int, report: StepReport, now_s: float) -> None:
+        """A worker's report came in."""
+
+    def on_withdrawn(self, request: SimRequest, gone: bool, now_s: float) -> None:
+        """A worker answered a withdrawal: the request is out of its queue, or it had started and stays."""
+
+
+class Cluster:
+    """Virtual time."""
+
+    def __init__(self, config: ClusterConfig, instances: Sequence[Instance]) -> None:
+        self.config = config
+        self.instances = instances
+        self.now_s = 0.0
+        self.events = 0
+        self.preemptions = 0
+        self.router: Router
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._sequence = itertools.count()
+
+    def run(self, workload: Sequence[WorkloadRequest], router: Router) -> list[RequestRecord]:
+        """Serve a workload to its end and return what its callers saw, in order of arrival."""
+        self.router = router
+        requests = [_sim_request(item, self.config.hop_s) for item in workload]
+        requests.sort(key=lambda request: request.arrival_s)
+        end_s = requests[-1].arrival_s + self.config.drain_s if requests else 0.0
+        arrivals = iter(requests)
+        self._next_arrival(arrivals)
+        heap = self._heap
+        while heap:
+            now_s, _, call, arguments = heapq.heappop(heap)
+            if now_s > end_s:
+                break
+            self.now_s = now_s
+            self.events += 1
+            call(*arguments)
+        self.preemptions = sum(request.preemptions for request in requests)
+        return [_record(request) for request in requests]
+
+    def at(self, time_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        """Call something at a time."""
+        heapq.heappush(self._heap, (time_s, next(self._sequence), call, arguments))
+
+    def send(self, request: SimRequest, index: int) -> None:
+        """Send a request to a worker."""
+        request.worker = index
+        self.at(self.now_s + self.config.hop_s, self._deliver, request, self.instances[index])
+
+    def withdraw(self, request: SimRequest) -> None:
+        """Ask the request's worker to give it back; `on_withdrawn` has the answer."""
+        request.moving = True
+        self.at(self.now_s + self.config.hop_s, self._ask, request, self.instances[request.worker])
+
+    def refuse(self, request: SimRequest) -> None:
+        """Turn a request away."""
+        request.outcome = Outcome.REFUSED
+
+    def _next_arrival(self, arrivals: Any) -> None:
+        request = next(arrivals, None)
+        if request is not None:
+            self.at(request.arrival_s, self._arrive, request, arrivals)
+
+    def _arrive(self, request: SimRequest, arrivals: Any) -> None:
+        self._next_arrival(arrivals)
+        if self.instances[0].engine.fits(request):
+            self.router.on_arrival(request, self.now_s)
+        else:
+            self.refuse(request)
+
+    def _deliver(self, request: SimRequest, instance: Instance) -> None:
+        instance.engine.add(request)
+        if instance.step is None:
+            self._start(instance)
+
+    def _start(self, instance: Instance) -> None:
+        end_s = instance.start_step(self.now_s)
+        if end_s is not None:
+            self.at(end_s, self._finish, instance)
+
+    def _finish(self, instance: Instance) -> None:
+        report = instance.finish_step(self.now_s)
+        self.at(
+            self.now_s + self.config.hop_s + self.config.staleness_s,
+            self._report,
+            instance.index,
+            report,
+        )
+        # Withdrawals are answered between two steps, as the engine core answers utility calls.
+        if instance.withdrawals:
+            for request in instance.withdrawals:
+                self._answer(request, instance)
+            instance.withdrawals.clear()
+        self._start(instance)
+
+    def _report(self, index: int, report: StepReport) -> None:
+        self.router.on_report(index, report, self.now_s)
+
+    def _ask(self, request: SimRequest, instance: Instance) -> None:
+        if instance.step is None:
+            self._answer(request, instance)
+        else:
+            instance.withdrawals.append(request)
+
+    def _answer(self, request: SimRequest, instance: Instance) -> None:
+        gone = instance.engine.withdraw(request)
+        self.at(self.now_s + self.config.hop_s, self._answered, request, gone)
+
+    def _answered(self, request: SimRequest, gone: bool) -> None:
+        request.moving = False
+        self.router.on_withdrawn(request, gone, self.now_s)
+
+
+def _sim_request(item: WorkloadRequest, hop_s: float) -> SimRequest:
+    return SimRequest(
+        request_id=item.request_id,
+        arrival_s=item.arrival_s,
+        prompt_tokens=item.prompt_tokens,
+        slo=item.slo,
+        output_tokens=item.output_tokens,
+        input_tokens=item.prompt_tokens,
+        total_tokens=item.prompt_tokens,
+        slo_class=item.slo_class,
+        prefix_hashes=item.prefix_hashes,
+        hop_s=hop_s,
+    )
+
+
+def _record(request: SimRequest) -> RequestRecord:
+    times = request.token_times_s
+    outcome = request.outcome
+    if outcome is not Outcome.REFUSED:
+        outcome = Outcome.FINISHED if len(times) >= request.output_tokens else Outcome.UNFINISHED
+    hop_s = request.hop_s
+    return RequestRecord(
+        request_id=request.request_id,
+        arrival_s=request.arrival_s,
+        prompt_tokens=request.input_tokens,
+        ttft_slo_s=request.slo.ttft_s,
+        tbt_slo_s=request.slo.tbt_s,
+        outcome=outcome,
+        token_times_s=[time_s + hop_s for time_s in times],
+        slo_class=request.slo_class,
+        relegated=request.was_relegated,
+    )

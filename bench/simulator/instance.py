@@ -1,0 +1,227 @@
+"""One simulated worker: the engine, the in-engine policy that plans its steps, and how long they really take."""
+
+import math
+import random
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import cast
+
+from bench.simulator.engine import Engine, EngineConfig, Step
+from bench.simulator.request import SimRequest
+from services.policy.elastic_batch import decode_cap
+from services.policy.order import OrderPolicy, order_waiting
+from services.policy.prefill import prefill_pace
+from services.policy.relegation import RelegatedTurns
+from services.policy.state import Role
+from services.policy.step_time import StepShape, StepTimeModel
+from services.policy.token_budget import BudgetPolicy, DecodeLoad, prefill_budget
+
+CHUNKS_CONSIDERED = 64
+"""Requests whose context the budget looks at; more than fit into any step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimeTruth:
+    """How long steps really take, whatever the policies believe."""
+
+    model: StepTimeModel
+    bias: float = 1.0
+    """Real steps take this many times what the model says."""
+    jitter_sigma: float = 0.03
+    """Standard deviation of log(step time)."""
+    overhead_s: float = 0.0005
+    """Between two steps, while the device waits: input preparation, sampling, output processing."""
+
+    def step_s(self, step: Step, rng: random.Random) -> float:
+        """Draw the seconds from one step's start to the next one's."""
+        shape = StepShape(step.prefill_tokens, step.decodes, step.decode_context_tokens, step.prefill_context_products)
+        factor = self.bias
+        if self.jitter_sigma:
+            factor *= math.exp(rng.gauss(-0.5 * self.jitter_sigma**2, self.jitter_sigma))
+        return self.model.step_s(shape) * factor + self.overhead_s
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What a worker tells the router at a step end."""
+
+    first_tokens: list[SimRequest] = field(default_factory=list)
+    """Requests that left the queue of prefills, by a first token or by their only one."""
+    requeued: list[SimRequest] = field(default_factory=list)
+    """Evicted decodes: back among those whose prefill is not complete."""
+    relegated: list[SimRequest] = field(default_factory=list)
+    decodes: int = 0
+    decode_context_tokens: int = 0
+    min_tbt_s: float = 0.0
+    kv_used_tokens: int = 0
+    step_s: float = 0.0
+
+
+class Instance:
+    """A worker in virtual time. The cluster calls `start_step` when it may and `finish_step` when that step is over."""
+
+    def __init__(
+        self,
+        index: int,
+        role: Role,
+        config: EngineConfig,
+        believed: StepTimeModel,
+        truth: StepTimeTruth,
+        order: OrderPolicy | None,
+        budget: BudgetPolicy | None,
+        seed: int,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            order: how waiting requests are ordered; None leaves vLLM's order.
+            budget: how the token budget is chosen; None leaves vLLM's `max_num_batched_tokens`.
+        """
+        self.index = index
+        self.worker_id = f"w{index:03d}"
+        self.role = role
+        self.engine = Engine(config)
+        self.model = believed
+        self.step: Step | None = None
+        self.steps = 0
+        self.busy_s = 0.0
+        self.withdrawals: list[SimRequest] = []
+        """Asked for while a step runs; answered at its end."""
+        self._config = config
+        self._truth = truth
+        self._order = order
+        self._budget = budget
+        self._rng = random.Random(f"{seed}:{index}")
+        self._turns = RelegatedTurns(order.relegated_share if order else 0.0)
+        self._promoted: set[str] = set()
+        self._report = StepReport()
+        self._step_s = 0.0
+
+    def start_step(self, now_s: float) -> float | None:
+        """Schedule a step; returns when it will be over, or None when there is nothing to do."""
+        engine = self.engine
+        if not engine.running and not engine.waiting:
+            return None
+        report = self._report = StepReport()
+        budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
+        step = self.step = engine.schedule(budget)
+        if step.preempted:
+            report.requeued += (request for request in step.preempted if request.token_times_s)
+        if self._promoted:
+            self._charge_promoted(step)
+        self._step_s = self._truth.step_s(step, self._rng)
+        return now_s + self._step_s
+
+    def finish_step(self, now_s: float) -> StepReport:
+        """End the step in progress: tokens come out."""
+        step = self.step
+        assert step is not None
+        self.step = None
+        self.steps += 1
+        self.busy_s += self._step_s
+        self._turns.earn(self._step_s)
+        engine = self.engine
+        report = self._report
+        fresh = [request for request, _ in step.scheduled if not request.token_times_s or request.preemptions]
+        engine.complete(step, now_s)
+        report.first_tokens = [request for request in fresh if request.token_times_s]
+        decodes = context = 0
+        min_tbt_s = math.inf
+        for request in engine.running:
+            computed = request.computed_tokens
+            if computed >= request.input_tokens and computed == request.total_tokens - 1:
+                decodes += 1
+                context += computed + 1
+                if request.slo.tbt_s < min_tbt_s:
+                    min_tbt_s = request.slo.tbt_s
+        report.decodes, report.decode_context_tokens = decodes, context
+        report.min_tbt_s = min_tbt_s if decodes else 0.0
+        report.kv_used_tokens = engine.kv_used_tokens
+        report.step_s = self._step_s
+        return report
+
+    def _plan(self, now_s: float, policy: BudgetPolicy) -> int:
+        """Order the requests and return the token budget of the next step, as the in-engine scheduler does."""
+        engine = self.engine
+        decodes: list[SimRequest] = []
+        partial: list[SimRequest] = []
+        context = 0
+        bound_s = tightest_s = math.inf
+        for request in engine.running:
+            computed = request.computed_tokens
+            if computed < request.input_tokens or computed != request.total_tokens - 1:
+                partial.append(request)
+                continue
+            decodes.append(request)
+            context += computed + 1
+            tbt_s = request.slo.tbt_s
+            if tbt_s < tightest_s:
+                tightest_s = tbt_s
+            slack_s = request.token_times_s[-1] + tbt_s - now_s
+            # A gap that is lost already asks for its plain objective, as in policy.step_bound_s.
+            if not 0 < slack_s <= tbt_s:
+                slack_s = tbt_s
+            if slack_s < bound_s:
+                bound_s = slack_s
+        load = DecodeLoad(len(decodes), context)
+        if self.role is Role.HIGH:
+            engine.max_num_seqs = self._elastic_cap(decodes, partial, context, tightest_s)
+        head = self._arrange(now_s, decodes, partial, load, tightest_s, policy)
+        chunks = [(request.prompt_tokens - request.computed_tokens, request.computed_tokens) for request in head]
+        return load.decodes + prefill_budget(policy, self.model, load, bound_s, chunks)
+
+    def _arrange(
+        self,
+        now_s: float,
+        decodes: list[SimRequest],
+        partial: list[SimRequest],
+        load: DecodeLoad,
+        tightest_s: float,
+        policy: BudgetPolicy,
+    ) -> list[SimRequest]:
+        """Put decodes first and the rest in policy order; returns the first prefills of that order."""
+        engine = self.engine
+        waiting = engine.waiting
+        if self._order is None or not (waiting or len(partial) > 1):
+            if partial:
+                engine.running = decodes + partial
+            return [*partial, *islice(waiting, CHUNKS_CONSIDERED)]
+        pace = prefill_pace(self.model, load, policy, tightest_s)
+        result = order_waiting([*partial, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
+        ordered = cast("list[SimRequest]", result.ordered)
+        if result.newly_relegated:
+            self._relegate(set(result.newly_relegated))
+        self._promoted = set(result.promoted)
+        resident = set(map(id, partial))
+        engine.running = decodes + [request for request in ordered if id(request) in resident]
+        if waiting:
+            engine.order_waiting(request for request in ordered if id(request) not in resident)
+        return ordered[:CHUNKS_CONSIDERED]
+
+    def _relegate(self, names: set[str]) -> None:
+        for request in self.engine.waiting:
+            if request.request_id in names:
+                request.relegated = request.was_relegated = True
+                self._report.relegated.append(request)
+
+    def _charge_promoted(self, step: Step) -> None:
+        """Spend the relegated share on the work of a request that was taken ahead of its place."""
+        for request in step.admitted:
+            if request.request_id in self._promoted:
+                self._turns.spend(
+                    prefill_pace(self.model, DecodeLoad(), self._budget or BudgetPolicy()).work_s(request.prompt_tokens)
+                )
+
+    def _elastic_cap(
+        self, decodes: list[SimRequest], partial: list[SimRequest], context: int, tightest_s: float
+    ) -> int:
+        """Most resident sequences with which HP keeps its tightest TBT objective."""
+        most = self._config.max_num_seqs
+        tbt_s = min((request.slo.tbt_s for request in self.engine.waiting), default=math.inf)
+        tbt_s = min(tbt_s, tightest_s)
+        if tbt_s == math.inf:
+            return most
+        resident = len(decodes) + len(partial)
+        tokens = context + sum(request.prompt_tokens for request in partial)
+        cap = decode_cap(self.model, tbt_s, tokens / resident if resident else 0.0, most)
+        return max(cap, resident)

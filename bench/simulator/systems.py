@@ -1,0 +1,200 @@
+"""The systems that are compared, by name: Ascendra's variants and the baselines, each a composition of policies."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from bench.metrics import RequestRecord
+from bench.simulator.cluster import Cluster, ClusterConfig
+from bench.simulator.instance import Instance
+from bench.simulator.pulling import PullingRouter, PullPolicy
+from bench.simulator.router import (
+    HeadroomPolicy,
+    PlacingRouter,
+    RebalancePolicy,
+    RouterPolicy,
+    WorkerState,
+)
+from bench.workloads import WorkloadRequest
+from services.policy.offload import OffloadPolicy
+from services.policy.order import OrderPolicy
+from services.policy.placement import PlacementPolicy
+from services.policy.relegation import LATE, NONE
+from services.policy.roles import default_hp_count
+from services.policy.state import InstanceView, Role
+from services.policy.tickets import TicketPolicy
+from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
+
+_DYNAMIC = BudgetPolicy(kind=DYNAMIC)
+_EDF_MH = OrderPolicy(value_function="edf")
+_LLF_MH = OrderPolicy(value_function="llf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One way to serve."""
+
+    summary: str
+    placement: str = "least_predicted_work"
+    budget: BudgetPolicy = _DYNAMIC
+    order: OrderPolicy | None = _EDF_MH
+    """None: stock vLLM, in order of arrival, with the budget's `static_tokens` as `max_num_batched_tokens`."""
+    hp_count: Callable[[int], int] | None = None
+    """HP instances from the number of all; None: a unified pool."""
+    offload: OffloadPolicy | None = None
+    tickets: TicketPolicy | None = None
+    headroom: HeadroomPolicy | None = None
+    rebalance: RebalancePolicy | None = None
+    pull: PullPolicy | None = None
+    deadline_priority: bool = False
+
+
+def _stock(summary: str, placement: str, tokens: int) -> System:
+    return System(
+        summary=summary, placement=placement, budget=BudgetPolicy(kind=STATIC, static_tokens=tokens), order=None
+    )
+
+
+def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
+    base = System(
+        summary=summary, order=order, hp_count=default_hp_count, offload=OffloadPolicy(), tickets=TicketPolicy()
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+SYSTEMS: dict[str, System] = {
+    "vllm-2048-rr": _stock("vLLM, default budget, round robin", "round_robin", 2048),
+    "vllm-512-rr": _stock("vLLM, budget 512, round robin (Sarathi-Serve's chunk)", "round_robin", 512),
+    "vllm-1024-rr": _stock("vLLM, budget 1024, round robin", "round_robin", 1024),
+    "vllm-512-least": _stock("vLLM, budget 512, fewest requests", "least_requests", 512),
+    "vllm-1024-least": _stock("vLLM, budget 1024, fewest requests", "least_requests", 1024),
+    "vllm-512-work": _stock("vLLM, budget 512, least predicted work", "least_predicted_work", 512),
+    "vllm-512-p2c": _stock("vLLM, budget 512, power of two choices", "power_of_two", 512),
+    "vllm-512-edf": replace(
+        _stock("vLLM, budget 512, deadline as priority, fewest requests", "least_requests", 512),
+        deadline_priority=True,
+    ),
+    "prefix-sticky": _stock("vLLM, budget 512, prefix owner until saturated", "prefix_affine", 512),
+    "headroom": replace(
+        _stock("vLLM, budget 512, one-shot predicted TTFT with SLO headroom (llm-d)", "least_predicted_work", 512),
+        headroom=HeadroomPolicy(),
+    ),
+    "rebalance": replace(
+        _stock("vLLM, budget 512, waiting requests rebalanced by load (Llumnix)", "least_predicted_work", 512),
+        rebalance=RebalancePolicy(),
+    ),
+    "paper": System(
+        summary="the paper's recipe: chunk 512, static split, least laxity, offload, tickets",
+        placement="least_requests",
+        budget=BudgetPolicy(kind=STATIC, static_tokens=512),
+        order=OrderPolicy(value_function="llf", relegation=NONE),
+        hp_count=default_hp_count,
+        offload=OffloadPolicy(),
+        tickets=TicketPolicy(),
+    ),
+    "paper-sjf": System(
+        summary="the paper's recipe with shortest prompt first",
+        placement="least_requests",
+        budget=BudgetPolicy(kind=STATIC, static_tokens=512),
+        order=OrderPolicy(value_function="sjf", relegation=NONE),
+        hp_count=default_hp_count,
+        offload=OffloadPolicy(),
+        tickets=TicketPolicy(),
+    ),
+    "unified-edf": System(
+        summary="one pool, dynamic budget, deadline order", order=OrderPolicy(value_function="edf", relegation=NONE)
+    ),
+    "unified": System(summary="one pool, dynamic budget, deadline order, Moore-Hodgson relegation", order=_EDF_MH),
+    "qoserve": System(
+        summary="one pool, dynamic budget, hybrid order, eager relegation",
+        order=OrderPolicy(value_function="hybrid", relegation=LATE),
+    ),
+    "ascendra": _split("LP/HP, offload, tickets, dynamic budget, Moore-Hodgson, deadline order", _EDF_MH),
+    "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
+    "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
+    "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
+    "ascendra-pull": System(
+        summary="late binding: instances pull from one ordered set", pull=PullPolicy(order=_EDF_MH)
+    ),
+}
+
+
+@dataclass(slots=True)
+class Run:
+    """A finished simulation."""
+
+    records: list[RequestRecord]
+    events: int
+    steps: int
+    preemptions: int
+    busy_share: float
+    """Mean share of time that instances spent in steps, until the last event."""
+    hp_instances: int
+    moves: int = 0
+    refused_moves: int = 0
+    ticket_moves: int = 0
+
+
+def simulate(system: System, workload: Sequence[WorkloadRequest], config: ClusterConfig) -> Run:
+    """Serve a workload with a system on a simulated cluster."""
+    high = system.hp_count(config.instances) if system.hp_count else 0
+    engine = config.engine
+    if system.order is None:
+        engine = replace(
+            engine,
+            max_num_batched_tokens=min(system.budget.static_tokens, engine.max_num_batched_tokens),
+            priority=system.deadline_priority,
+        )
+    budget = replace(system.budget, max_tokens=min(system.budget.max_tokens, engine.max_num_batched_tokens))
+    instances, states = [], []
+    for index in range(config.instances):
+        role = Role.UNIFIED if not high else Role.HIGH if index < high else Role.LOW
+        instance = Instance(
+            index,
+            role,
+            engine,
+            config.believed,
+            config.truth,
+            system.order,
+            None if system.order is None else budget,
+            config.seed,
+        )
+        instances.append(instance)
+        view = InstanceView(
+            worker_id=instance.worker_id,
+            role=role,
+            model=config.believed,
+            kv_capacity_tokens=engine.kv_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            hop_s=2 * config.hop_s,
+        )
+        states.append(WorkerState(index, view, budget))
+    cluster = Cluster(config, instances)
+    router: PlacingRouter | PullingRouter
+    if system.pull:
+        router = PullingRouter(cluster, states, system.pull)
+    else:
+        policy = RouterPolicy(
+            placement=PlacementPolicy(name=system.placement),
+            budget=budget,
+            order=system.order or OrderPolicy(value_function="fcfs", relegation=NONE),
+            headroom=system.headroom,
+            offload=system.offload,
+            relegate_unsafe=system.order is not None and system.order.relegation != NONE,
+            tickets=system.tickets,
+            rebalance=system.rebalance,
+            deadline_priority=system.deadline_priority,
+        )
+        router = PlacingRouter(cluster, states, policy, config.seed)
+    records = cluster.run(workload, router)
+    run = Run(
+        records=records,
+        events=cluster.events,
+        steps=sum(instance.steps for instance in instances),
+        preemptions=cluster.preemptions,
+        busy_share=sum(instance.busy_s for instance in instances) / max(len(instances) * cluster.now_s, 1e-9),
+        hp_instances=high,
+    )
+    if isinstance(router, PlacingRouter):
+        run.moves, run.refused_moves, run.ticket_moves = router.moves, router.refused_moves, router.ticket_moves
+    return run
