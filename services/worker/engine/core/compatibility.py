@@ -1,0 +1,45 @@
+"""Whether the scheduler of the installed vLLM is the one our mixin was written for."""
+
+import inspect
+from typing import Any
+
+EXPECTED_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "schedule": ("self",),
+    "update_from_output": ("self", "scheduler_output", "model_runner_output"),
+    "add_request": ("self", "request"),
+    "finish_requests": ("self", "request_ids", "finished_status"),
+}
+"""Leading parameters of the methods that we override or call; vLLM may add more with defaults."""
+
+
+def scheduler_mismatches(scheduler: type[Any] | None = None) -> list[str]:
+    """Say what does not fit; empty when everything does."""
+    if scheduler is None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        scheduler = Scheduler
+    found = []
+    for name, expected in EXPECTED_PARAMETERS.items():
+        method = getattr(scheduler, name, None)
+        if method is None:
+            found.append(f"Scheduler.{name} is missing")
+            continue
+        parameters = list(inspect.signature(method).parameters.values())
+        if tuple(parameter.name for parameter in parameters[: len(expected)]) != expected:
+            found.append(f"Scheduler.{name} takes {[parameter.name for parameter in parameters]}")
+            continue
+        required = [
+            parameter.name
+            for parameter in parameters[len(expected) :]
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ]
+        if required:
+            found.append(f"Scheduler.{name} requires {required}")
+    source = inspect.getsource(scheduler.__init__)
+    found += [
+        f"Scheduler has no attribute {name}"
+        for name in ("waiting", "running", "requests", "max_num_scheduled_tokens")
+        if f"self.{name}" not in source
+    ]
+    return found

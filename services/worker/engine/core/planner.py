@@ -1,0 +1,135 @@
+"""What the next engine step should do, decided by services.policy from plain state. Knows nothing of vLLM."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.policy.elastic_batch import decode_cap
+from services.policy.order import OrderPolicy, WaitingOrder, order_waiting
+from services.policy.prefill import prefill_pace
+from services.policy.relegation import NONE, RelegatedTurns
+from services.policy.state import QueuedRequest, Role
+from services.policy.step_fit import OnlineStepTimeFit
+from services.policy.step_time import StepShape, StepTimeModel
+from services.policy.token_budget import STATIC, BudgetPolicy, DecodeLoad, prefill_budget, step_bound_s
+from services.worker.engine.settings import PolicySettings
+
+_CHUNKS_CONSIDERED = 64
+"""Requests whose context the budget looks at; more than fit into any step."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """A resident request that decodes."""
+
+    last_token_s: float
+    tbt_slo_s: float
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Orders for one step."""
+
+    order: WaitingOrder
+    token_budget: int
+    """Most tokens of the step, decodes included."""
+    admissions: int
+    """Most waiting requests that may become resident."""
+
+
+class StepPlanner:
+    """Plans steps and learns how long they take."""
+
+    def __init__(
+        self,
+        settings: PolicySettings,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        warm_start: StepTimeModel | None = None,
+    ) -> None:
+        """Start with a model to plan with, if there is one."""
+        self._max_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._fit = OnlineStepTimeFit(warm_start)
+        self.set_policy(settings)
+
+    @property
+    def model(self) -> StepTimeModel:
+        """The step-time model in use."""
+        return self._fit.model()
+
+    def adopt(self, model: StepTimeModel) -> None:
+        """Start from a model learned elsewhere, if it has seen more steps than this planner."""
+        if model.samples > self._fit.samples:
+            self._fit = OnlineStepTimeFit(model)
+
+    def set_policy(self, settings: PolicySettings) -> None:
+        """Change role and policies from the next step on. Raises ValueError for unknown names."""
+        order = OrderPolicy(value_function=settings.value_function, relegation=settings.relegation)
+        budget = BudgetPolicy(
+            kind=settings.token_budget,
+            static_tokens=min(settings.static_budget_tokens, self._max_tokens),
+            max_tokens=self._max_tokens,
+        )
+        self.role = Role(settings.role)
+        self.settings, self._order, self._budget = settings, order, budget
+        self._turns = RelegatedTurns(order.relegated_share)
+
+    @property
+    def is_stock(self) -> bool:
+        """Nothing but a fixed budget is asked for: vLLM's own scheduling, untouched."""
+        stock = self.settings.value_function == "fcfs" and self.settings.relegation == NONE
+        return stock and self.settings.token_budget == STATIC and self.role is not Role.HIGH
+
+    @property
+    def static_budget(self) -> int:
+        """Most tokens of a step under a static budget."""
+        return self._budget.static_tokens
+
+    def plan(
+        self, now_s: float, queue: Sequence[QueuedRequest], decodes: Sequence[DecodeState], *, in_flight: bool
+    ) -> StepPlan:
+        """Plan the next step.
+
+        Args:
+            queue: requests whose prefill is not complete.
+            in_flight: a step is still running; this one starts when its tokens are out.
+        """
+        load = DecodeLoad(len(decodes), sum(decode.context_tokens for decode in decodes))
+        tightest_s = min((decode.tbt_slo_s for decode in decodes), default=math.inf)
+        gaps = ((decode.last_token_s, decode.tbt_slo_s) for decode in decodes)
+        bound_s = tightest_s if in_flight else step_bound_s(gaps, now_s)
+        pace = prefill_pace(self.model, load, self._budget, tightest_s)
+        order = order_waiting(queue, now_s, pace, self._order, self.role, self._turns.credit_s)
+        chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]
+        prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
+        return StepPlan(
+            order=order,
+            token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
+            admissions=self._admissions(queue, load, tightest_s),
+        )
+
+    def learn(self, shape: StepShape, step_s: float) -> None:
+        """Take in what a step took."""
+        self._fit.observe(shape, step_s)
+        self._turns.earn(step_s)
+
+    def started_ahead_of_place(self, request: QueuedRequest) -> None:
+        """Charge a promoted relegated request that has just been started."""
+        pace = prefill_pace(self.model, DecodeLoad(), self._budget)
+        self._turns.spend(pace.remaining_work_s(request))
+
+    def _admissions(self, queue: Sequence[QueuedRequest], load: DecodeLoad, tightest_s: float) -> int:
+        prefilling = sum(request.started for request in queue)
+        resident = load.decodes + prefilling
+        if self.role is not Role.HIGH:
+            return max(self._max_num_seqs - resident, 0)
+        waiting_tbt_s = min((request.slo.tbt_s for request in queue if request.slo.tbt_s > 0), default=math.inf)
+        tbt_s = min(tightest_s, waiting_tbt_s)
+        if tbt_s == math.inf:
+            return max(self._max_num_seqs - resident, 0)
+        tokens = load.context_tokens + sum(request.prompt_tokens for request in queue if request.started)
+        mean_context = tokens / resident if resident else 0.0
+        return max(decode_cap(self.model, tbt_s, mean_context, self._max_num_seqs) - resident, 0)

@@ -1,0 +1,26 @@
+"""What the engine core's process needs before it runs: to die with its parent and to keep its signals to itself."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def isolate_engine_core() -> None:
+    """Make this process die when its parent does, and keep terminal and fork-inherited signals away from the parent.
+
+    Does nothing in a process that has no multiprocessing parent (an engine run in process).
+    """
+    if multiprocessing.parent_process() is None:
+        return
+    # A killed front end would otherwise leave the engine core running for ever.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A forked core shares the event loop's wake-up socket: its own signals would look like the front end's.
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+    # Ctrl-C goes to the whole foreground group; the front end decides when the engine stops.
+    with contextlib.suppress(PermissionError):
+        os.setpgid(0, 0)

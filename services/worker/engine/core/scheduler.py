@@ -1,0 +1,271 @@
+"""vLLM's scheduler with our order, token budget and telemetry.
+
+Overrides `__init__`, `schedule` and `update_from_output` only, and touches only `waiting`, `running`, `requests` and
+`max_num_scheduled_tokens`: what the policy wants is expressed by the order of these lists and by the budget.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from ascendra.v1 import common_pb2
+from services.policy.state import QueuedRequest, Slo
+from services.policy.step_time import StepShape, StepTimeModel
+from services.worker.engine.contract import StepReport
+from services.worker.engine.core.control import Control, install_control
+from services.worker.engine.core.planner import DecodeState, StepPlan, StepPlanner
+from services.worker.engine.core.process import isolate_engine_core
+from services.worker.engine.core.reporting import ReportSocket
+from services.worker.engine.settings import PolicySettings
+
+install_control()
+
+_NEVER_S = 1e9
+"""Objective of a request that states none."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was scheduled and whose output is not in yet."""
+
+    scheduled_s: float
+    continues: bool
+    """The engine was busy since the step before: what passed in between belongs to this one."""
+    shape: StepShape
+    token_budget: int
+    preempted: list[str] = field(default_factory=list)
+
+
+class PolicyScheduler:
+    """Mixin over vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        isolate_engine_core()
+        super().__init__(*args, **kwargs)
+        scheduler: Any = self
+        ours = scheduler.vllm_config.additional_config["ascendra"]
+        warm_start = ours["step_time_model"]
+        self.planner = StepPlanner(
+            PolicySettings(**ours["policy"]),
+            max_num_batched_tokens=scheduler.max_num_scheduled_tokens,
+            max_num_seqs=scheduler.scheduler_config.max_num_seqs,
+            warm_start=StepTimeModel.from_dict(warm_start) if warm_start else None,
+        )
+        self.control = Control(self)
+        self._reports = ReportSocket(ours["reports"])
+        self._queued: dict[str, QueuedRequest] = {}
+        self._last_token_s: dict[str, float] = {}
+        self._in_flight: dict[int, _Step] = {}
+        self._steps = 0
+        self._step_ended_s = 0.0
+        self._preemptions: dict[str, int] = {}
+
+    @staticmethod
+    def standing(request: Request) -> dict[str, Any]:
+        """Return what the front end said of a request (fields of RequestStanding)."""
+        extra = request.sampling_params.extra_args if request.sampling_params else None
+        return (extra or {}).get("ascendra") or {}
+
+    def queued(self, request: Request) -> QueuedRequest:
+        """Return the policy's view of a request; kept, because relegation is remembered in it."""
+        queued = self._queued.get(request.request_id)
+        if queued is None:
+            queued = self._queued[request.request_id] = _queued_request(request, self.standing(request))
+        return queued
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan the step, let vLLM schedule it, and note what it does."""
+        scheduler: Any = self
+        now_s = time.monotonic()
+        withheld: list[Request] = []
+        relegated: list[str] = []
+        plan: StepPlan | None = None
+        if self.planner.is_stock:
+            scheduler.max_num_scheduled_tokens = self.planner.static_budget
+        else:
+            plan = self._plan(now_s)
+            relegated = self._relegate(plan)
+            withheld = self._arrange(plan)
+            scheduler.max_num_scheduled_tokens = plan.token_budget
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        scheduler.waiting.extend(withheld)
+        self._note_step(output, now_s, plan, relegated)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take vLLM's account of the step, then learn from it and report it."""
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        now_s = time.monotonic()
+        for request_id in scheduler_output.num_scheduled_tokens:
+            self._last_token_s[request_id] = now_s
+        for request_id in scheduler_output.finished_req_ids:
+            self._forget(request_id)
+        step = self._in_flight.pop(id(scheduler_output), None)
+        if step is not None:
+            step_s = now_s - (self._step_ended_s if step.continues else max(step.scheduled_s, self._step_ended_s))
+            self._step_ended_s = now_s
+            self._steps += 1
+            self.planner.learn(step.shape, step_s)
+            self._reports.send(StepReport(step=self._telemetry(step, step_s), ended_s=now_s, preempted=step.preempted))
+        return result
+
+    def _plan(self, now_s: float) -> StepPlan:
+        scheduler: Any = self
+        queue = []
+        decodes = []
+        for request in scheduler.running:
+            if request.is_prefill_chunk:
+                queued = self.queued(request)
+                queued.started = True
+                queued.computed_tokens = request.num_computed_tokens
+                queue.append(queued)
+            else:
+                standing = self.standing(request)
+                last_token_s = self._last_token_s.get(request.request_id) or standing.get("last_token_s") or now_s
+                tbt_s = standing.get("tbt_slo_s") or _NEVER_S
+                decodes.append(DecodeState(last_token_s, tbt_s, request.num_computed_tokens))
+        for request in scheduler.waiting:
+            queued = self.queued(request)
+            if request.status == RequestStatus.PREEMPTED:
+                queued.started = True
+                queued.computed_tokens = 0
+                queued.prompt_tokens = request.num_tokens
+            queue.append(queued)
+        return self.planner.plan(now_s, queue, decodes, in_flight=bool(self._in_flight))
+
+    def _relegate(self, plan: StepPlan) -> list[str]:
+        """Mark whom the policy gave up; return their ids as the front end knows them."""
+        if not plan.order.newly_relegated:
+            return []
+        given_up = set(plan.order.newly_relegated)
+        relegated = []
+        for request in self._waiting():
+            queued = self.queued(request)
+            if queued.request_id in given_up and not queued.relegated:
+                queued.relegated = True
+                relegated.append(self.standing(request).get("request_id", ""))
+        return relegated
+
+    def _arrange(self, plan: StepPlan) -> list[Request]:
+        """Put the lists into the order of the plan; return the waiting requests that must not start in this step."""
+        scheduler: Any = self
+        rank = {id(queued): index for index, queued in enumerate(plan.order.ordered)}
+
+        def place(request: Request) -> int:
+            return rank[id(self.queued(request))]
+
+        # vLLM serves `running` in list order and preempts from its end: decodes first, then prefills as ordered.
+        decodes = [request for request in scheduler.running if not request.is_prefill_chunk]
+        prefills = [request for request in scheduler.running if request.is_prefill_chunk]
+        scheduler.running[:] = decodes + sorted(prefills, key=place)
+        ordered = sorted(scheduler.waiting, key=place)
+        scheduler.waiting.clear()
+        scheduler.waiting.extend(ordered[: plan.admissions])
+        return ordered[plan.admissions :]
+
+    def _note_step(self, output: Any, now_s: float, plan: StepPlan | None, relegated: list[str]) -> None:
+        scheduler: Any = self
+        started = []
+        for new in output.scheduled_new_reqs:
+            request = scheduler.requests[new.req_id]
+            queued = self.queued(request)
+            if not queued.started:
+                queued.started = True
+                started.append(self.standing(request).get("request_id", ""))
+                if plan is not None and queued.request_id in plan.order.promoted:
+                    self.planner.started_ahead_of_place(queued)
+        if started or relegated:
+            self._reports.send(StepReport(started=started, relegated=relegated))
+        if output.total_num_scheduled_tokens:
+            self._in_flight[id(output)] = _Step(
+                scheduled_s=now_s,
+                continues=bool(output.scheduled_cached_reqs.req_ids),
+                shape=self._shape(output),
+                token_budget=scheduler.max_num_scheduled_tokens,
+                preempted=self._preempted(),
+            )
+
+    def _shape(self, output: Any) -> StepShape:
+        scheduler: Any = self
+        prefill = decodes = context = products = 0
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = scheduler.requests[request_id]
+            before = request.num_computed_tokens - tokens
+            if tokens == 1 and before > 0 and not request.is_prefill_chunk:
+                decodes += 1
+                context += before
+            else:
+                prefill += tokens
+                products += tokens * before
+        return StepShape(prefill, decodes, context, products)
+
+    def _preempted(self) -> list[str]:
+        found = []
+        for request in self._waiting():
+            if request.num_preemptions > self._preemptions.get(request.request_id, 0):
+                self._preemptions[request.request_id] = request.num_preemptions
+                found.append(self.standing(request).get("request_id", ""))
+        return found
+
+    def _telemetry(self, step: _Step, step_s: float) -> common_pb2.StepTelemetry:
+        scheduler: Any = self
+        queued_prefill = sum(request.num_tokens - request.num_computed_tokens for request in scheduler.waiting)
+        queued_prefill += sum(
+            request.num_tokens - request.num_computed_tokens
+            for request in scheduler.running
+            if request.is_prefill_chunk
+        )
+        return common_pb2.StepTelemetry(
+            step=self._steps,
+            prefill_tokens=step.shape.prefill_tokens,
+            decodes=step.shape.decodes,
+            decode_context_tokens=step.shape.decode_context_tokens,
+            prefill_context_products=step.shape.prefill_context_products,
+            step_s=step_s,
+            token_budget=step.token_budget,
+            waiting=len(scheduler.waiting),
+            queued_prefill_tokens=max(queued_prefill, 0),
+            running=len(scheduler.running),
+            kv_usage=scheduler.kv_cache_manager.usage,
+            preempted=len(step.preempted),
+        )
+
+    def _waiting(self) -> Iterable[Request]:
+        scheduler: Any = self
+        return list(scheduler.waiting)
+
+    def _forget(self, request_id: str) -> None:
+        for table in (self._queued, self._last_token_s, self._preemptions):
+            table.pop(request_id, None)
+
+
+class SyncPolicyScheduler(PolicyScheduler, Scheduler):
+    """For engines with one step in flight."""
+
+
+class AsyncPolicyScheduler(PolicyScheduler, AsyncScheduler):
+    """For engines that schedule a step while the one before it runs."""
+
+
+def make_scheduler(**kwargs: Any) -> Any:
+    """Build the scheduler that fits the engine: what `scheduler_cls` names, called by the engine core."""
+    asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (AsyncPolicyScheduler if asynchronous else SyncPolicyScheduler)(**kwargs)
+
+
+def _queued_request(request: Request, standing: dict[str, Any]) -> QueuedRequest:
+    return QueuedRequest(
+        request_id=standing.get("name") or request.request_id,
+        arrival_s=standing.get("arrival_s") or time.monotonic(),
+        prompt_tokens=request.num_tokens,
+        slo=Slo(ttft_s=standing.get("ttft_slo_s") or _NEVER_S, tbt_s=standing.get("tbt_slo_s") or _NEVER_S),
+        priority=standing.get("priority", 0),
+        urgent=standing.get("urgent", False),
+        ticketed=standing.get("ticketed", False),
+        relegated=standing.get("relegated", False),
+    )

@@ -1,0 +1,52 @@
+"""What the adapter needs to start an engine: plain data, checked, without vLLM."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.policy.step_time import StepTimeModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySettings:
+    """Role and policies of the in-engine scheduler; see services/policy."""
+
+    role: str = "unified"
+    value_function: str = "llf"
+    token_budget: str = "dynamic"
+    static_budget_tokens: int = 512
+    relegation: str = "moore_hodgson"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for the engine core."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How to start an engine."""
+
+    engine: str
+    """"cpu", "cuda" or "emulated"."""
+    model: str
+    """Directory or Hugging Face id; for the emulated engine it may be empty."""
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: str = "auto"
+    seed: int = 0
+    kv_cache_memory_bytes: int = 0
+    """0: the engine's own default."""
+    kv_capacity_tokens: int = 0
+    """Emulated engine only."""
+    vocab_size: int = 0
+    """Emulated engine without a model only."""
+    tensor_parallel_size: int = 1
+    prefix_caching: bool = True
+    guided_decoding: bool = True
+    jitter_sigma: float = 0.0
+    """Emulated engine only: standard deviation of log(step time)."""
+    emulated_step_time: StepTimeModel | None = None
+    """Emulated engine only: what its steps take."""
+    step_time: StepTimeModel | None = None
+    """Model that the scheduler plans with until it has learned; None: learned from nothing."""
+    policy: PolicySettings = field(default_factory=PolicySettings)

@@ -1,0 +1,37 @@
+"""The worker's own metrics; vLLM's stand beside them under their own names."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from ascendra.v1 import common_pb2
+
+LIVE = Gauge("ascendra_worker_live_requests", "Unfinished requests of all routers.")
+ROUTERS = Gauge("ascendra_worker_attached_routers", "Attached routers.")
+FAILED = Counter("ascendra_worker_failed_requests", "Requests refused or failed, by reason.", ["reason"])
+WITHDRAWN = Counter("ascendra_worker_withdrawn_requests", "Requests taken back before they started.")
+WITHDRAW_KEPT = Counter("ascendra_worker_withdraw_kept_requests", "Requests asked back too late.")
+RELEGATED = Counter("ascendra_worker_relegated_requests", "Requests relegated by the engine.")
+PREEMPTED = Counter("ascendra_worker_preempted_requests", "Preemptions.")
+OVERFLOWS = Counter("ascendra_worker_router_overflows", "Streams ended because the router did not read.")
+STEP_SECONDS = Histogram(
+    "ascendra_worker_step_seconds",
+    "Wall time of engine steps.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
+)
+STEP_TOKENS = Histogram(
+    "ascendra_worker_step_prefill_tokens",
+    "Prefill tokens of engine steps.",
+    buckets=(0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+)
+TOKEN_BUDGET = Gauge("ascendra_worker_token_budget", "Token budget of the last step.")
+QUEUED_PREFILL_TOKENS = Gauge("ascendra_worker_queued_prefill_tokens", "Prefill tokens still to compute.")
+TELEMETRY_DROPPED = Counter("ascendra_worker_telemetry_dropped_steps", "Steps not reported to the predictor.")
+
+
+def observe_step(step: common_pb2.StepTelemetry) -> None:
+    """Count an engine step."""
+    STEP_SECONDS.observe(step.step_s)
+    STEP_TOKENS.observe(step.prefill_tokens)
+    TOKEN_BUDGET.set(step.token_budget)
+    QUEUED_PREFILL_TOKENS.set(step.queued_prefill_tokens)
+    if step.preempted:
+        PREEMPTED.inc(step.preempted)

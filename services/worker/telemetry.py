@@ -1,0 +1,82 @@
+"""Reports engine steps to the predictor, batched; never blocks, and drops the oldest when the predictor is away."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
+from services.common.channels import open_channel
+from services.common.logging import get_logger
+from services.worker import metrics
+from services.worker.engine.contract import StepReport
+from services.worker.worker import Worker, role_to_proto
+
+log = get_logger()
+
+_BATCH_S = 0.1
+_MAX_BATCH = 512
+_MAX_PENDING = 4096
+_RETRY_S = (0.2, 5.0)
+"""First and longest pause between two attempts."""
+
+
+class TelemetryReporter:
+    """Keeps one ReportTelemetry stream open."""
+
+    def __init__(self, worker: Worker, address: str) -> None:
+        self._worker = worker
+        self._address = address
+        self._pending: deque[tuple[common_pb2.StepTelemetry, float]] = deque(maxlen=_MAX_PENDING)
+        worker.engine.on_report(self._on_report)
+
+    async def run(self) -> None:
+        """Report until cancelled; reconnects for ever."""
+        channel = open_channel(self._address)
+        stub = predictor_pb2_grpc.PredictorServiceStub(channel)
+        pause_s = _RETRY_S[0]
+        try:
+            while True:
+                opened_s = time.monotonic()
+                try:
+                    await stub.ReportTelemetry(self._batches())
+                except grpc.aio.AioRpcError as error:
+                    log.info("predictor_away", address=self._address, status=error.code().name)
+                lasted = time.monotonic() - opened_s > _RETRY_S[1]
+                pause_s = _RETRY_S[0] if lasted else min(pause_s * 2, _RETRY_S[1])
+                await asyncio.sleep(pause_s)
+        finally:
+            await channel.close(None)
+
+    async def _batches(self) -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
+        yield self._request(warm_start=await self._worker.engine.step_time_model())
+        while True:
+            await asyncio.sleep(_BATCH_S)
+            while self._pending:
+                yield self._request()
+
+    def _request(self, warm_start: common_pb2.StepTimeModel | None = None) -> predictor_pb2.ReportTelemetryRequest:
+        worker = self._worker
+        request = predictor_pb2.ReportTelemetryRequest(
+            worker_id=worker.worker_id,
+            incarnation=worker.incarnation,
+            role=role_to_proto(worker.role),
+            warm_start=warm_start,
+        )
+        now_s = time.monotonic()
+        for _ in range(min(len(self._pending), _MAX_BATCH)):
+            step, ended_s = self._pending.popleft()
+            added = request.steps.add()
+            added.CopyFrom(step)
+            added.age_s = max(now_s - ended_s, 0.0)
+        return request
+
+    def _on_report(self, report: StepReport) -> None:
+        if report.step is None:
+            return
+        if len(self._pending) == _MAX_PENDING:
+            metrics.TELEMETRY_DROPPED.inc()
+        self._pending.append((report.step, report.ended_s))

@@ -1,0 +1,231 @@
+"""The worker's state across its routers: live requests, role, drain, and the death of the engine."""
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Iterable
+
+from ascendra.v1 import common_pb2, worker_pb2
+from services.common.logging import get_logger
+from services.policy.state import Role
+from services.worker import metrics
+from services.worker.config import WorkerConfig
+from services.worker.engine.contract import Engine, EngineDead, StepReport
+from services.worker.outbox import Outbox
+
+log = get_logger()
+
+PROTOCOL_VERSION = 1
+_TO_PROTO = {
+    Role.LOW: common_pb2.ROLE_LOW_PRIORITY,
+    Role.HIGH: common_pb2.ROLE_HIGH_PRIORITY,
+    Role.UNIFIED: common_pb2.ROLE_UNIFIED,
+}
+_FROM_PROTO = {value: role for role, value in _TO_PROTO.items()}
+_CLEAN_UP_S = 10.0
+
+
+class LiveRequest:
+    """A request in the engine."""
+
+    __slots__ = ("engine_id", "handle", "outbox", "preemptions", "request_id", "task")
+
+    def __init__(self, handle: int, request_id: str, engine_id: str, outbox: Outbox) -> None:
+        self.handle = handle
+        self.request_id = request_id
+        self.engine_id = engine_id
+        self.outbox = outbox
+        self.preemptions = 0
+        self.task: asyncio.Task[None] | None = None
+
+
+class Worker:
+    """What all attached routers share."""
+
+    def __init__(self, config: WorkerConfig, engine: Engine) -> None:
+        self.config = config
+        self.engine = engine
+        self.worker_id = config.effective_worker_id
+        self.incarnation = secrets.token_hex(8)
+        self.role = config.role
+        self.live: dict[str, LiveRequest] = {}
+        self.outboxes: set[Outbox] = set()
+        self.steps = 0
+        self.last_step: common_pb2.StepTelemetry | None = None
+        self.engine_died = asyncio.Event()
+        self.drain_deadline_s: float | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._numbers = itertools.count(1)
+        self._drain: asyncio.Task[None] | None = None
+        self.drain_begun = asyncio.Event()
+        engine.on_report(self._on_report)
+
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken."""
+        return self.drain_deadline_s is not None
+
+    @property
+    def ready(self) -> bool:
+        """New requests are taken."""
+        return not self.draining and not self.engine_died.is_set()
+
+    def policy(self) -> worker_pb2.SchedulingPolicy:
+        """Return the policies in force."""
+        if not self.engine.info.policies:
+            return worker_pb2.SchedulingPolicy(value_function="edf", token_budget="static", relegation="none")
+        config = self.config
+        return worker_pb2.SchedulingPolicy(
+            value_function=config.value_function, token_budget=config.token_budget, relegation=config.relegation
+        )
+
+    async def welcome(self) -> worker_pb2.Welcome:
+        """Describe the worker to a router."""
+        info = self.engine.info
+        return worker_pb2.Welcome(
+            worker_id=self.worker_id,
+            protocol_version=PROTOCOL_VERSION,
+            role=_TO_PROTO[self.role],
+            model=self.config.effective_model_name,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            kv_capacity_tokens=info.kv_capacity_tokens,
+            engine=info.engine,
+            engine_version=info.version,
+            incarnation=self.incarnation,
+            step_time_model=await self.engine.step_time_model(),
+            heartbeat_ms=self.config.heartbeat_ms,
+            policy=self.policy(),
+            draining=self.draining,
+        )
+
+    def heartbeat(self) -> worker_pb2.Heartbeat:
+        """Say how the engine is."""
+        last = self.last_step
+        if last is None:
+            return worker_pb2.Heartbeat(waiting=len(self.live))
+        return worker_pb2.Heartbeat(
+            steps=self.steps, waiting=last.waiting, running=last.running, kv_usage=last.kv_usage
+        )
+
+    def add(self, handle: int, request_id: str, outbox: Outbox) -> LiveRequest:
+        """Register a request under a new engine id."""
+        live = LiveRequest(handle, request_id, f"r{next(self._numbers)}", outbox)
+        self.live[live.engine_id] = live
+        self._idle.clear()
+        metrics.LIVE.set(len(self.live))
+        return live
+
+    def remove(self, live: LiveRequest) -> None:
+        """Forget a request."""
+        self.live.pop(live.engine_id, None)
+        metrics.LIVE.set(len(self.live))
+        if not self.live:
+            self._idle.set()
+
+    async def abort(self, requests: Iterable[LiveRequest]) -> None:
+        """End requests and return when the engine has let go of them."""
+        ending = list(requests)
+        tasks = [live.task for live in ending if live.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLEAN_UP_S)
+        try:
+            await self.engine.release([live.engine_id for live in ending])
+        except EngineDead:
+            self.report_engine_death()
+
+    async def set_role(self, role: common_pb2.Role) -> bool:
+        """Change the role and tell every router; False for a role that is none."""
+        if role not in _FROM_PROTO:
+            return False
+        self.role = _FROM_PROTO[role]
+        policy = self.policy()
+        await self.engine.set_policy(self.role.value, policy.value_function, policy.token_budget, policy.relegation)
+        log.info("role_changed", role=self.role.value)
+        self.broadcast(worker_pb2.AttachResponse(role_changed=worker_pb2.RoleChanged(role=role, policy=policy)))
+        return True
+
+    def begin_drain(self, timeout_s: float) -> None:
+        """Take no new requests; after timeout_s cancel what is left. A second call can only shorten the time."""
+        deadline_s = time.monotonic() + timeout_s
+        if self.drain_deadline_s is None or deadline_s < self.drain_deadline_s:
+            self.drain_deadline_s = deadline_s
+            log.info("draining", timeout_s=timeout_s, live=len(self.live))
+            self.drain_begun.set()
+            remaining_ms = max(round(timeout_s * 1000), 0)
+            self.broadcast(worker_pb2.AttachResponse(draining=worker_pb2.Draining(remaining_ms=remaining_ms)))
+            if self._drain is not None:
+                self._drain.cancel()
+            self._drain = asyncio.create_task(self._finish_drain(timeout_s), name="drain")
+
+    async def drained(self) -> None:
+        """Return when a drain that was begun is over: nothing is live."""
+        await self.drain_begun.wait()
+        while self._drain is not None and not self._drain.done():
+            await asyncio.wait([self._drain])
+
+    async def idle(self) -> None:
+        """Return when nothing is live."""
+        await self._idle.wait()
+
+    def report_engine_death(self) -> None:
+        """Note that the engine is dead: the process has to end."""
+        if not self.engine_died.is_set():
+            log.error("engine_died", live=len(self.live))
+            self.engine_died.set()
+
+    def broadcast(self, message: worker_pb2.AttachResponse) -> None:
+        """Say something to every router."""
+        for outbox in self.outboxes:
+            outbox.put(message)
+
+    async def _finish_drain(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = list(self.live.values())
+            log.warning("drain_timeout", cancelled=len(left))
+            await self.abort(left)
+            for live in left:
+                live.outbox.put(failed(live.handle, 14, "the worker is draining", "DRAINING"))
+
+    def _on_report(self, report: StepReport) -> None:
+        started: dict[Outbox, list[int]] = {}
+        relegated: dict[Outbox, list[int]] = {}
+        for ids, by_outbox in ((report.started, started), (report.relegated, relegated)):
+            for engine_id in ids:
+                if (live := self.live.get(engine_id)) is not None:
+                    by_outbox.setdefault(live.outbox, []).append(live.handle)
+        for engine_id in report.preempted:
+            if (live := self.live.get(engine_id)) is not None:
+                live.preemptions += 1
+        for outbox, handles in started.items():
+            outbox.put_started(handles)
+        for outbox, handles in relegated.items():
+            outbox.put_relegated(handles)
+        if report.step is not None:
+            self.steps = report.step.step
+            self.last_step = report.step
+            metrics.observe_step(report.step)
+            for outbox in self.outboxes:
+                outbox.put_telemetry(report.step, report.ended_s)
+
+
+def role_to_proto(role: Role) -> common_pb2.Role:
+    """Return a role's wire form."""
+    return _TO_PROTO[role]
+
+
+def failed(handle: int, code: int, message: str, reason: str) -> worker_pb2.AttachResponse:
+    """Return the message that says a request was refused or failed."""
+    metrics.FAILED.labels(reason=reason).inc()
+    return worker_pb2.AttachResponse(
+        failed=worker_pb2.RequestFailed(handle=handle, code=code, message=message, reason=reason)
+    )
