@@ -2,11 +2,11 @@
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.policy.prefill import TtftEstimate
-from services.policy.state import Slo
+from services.policy.state import QueuedRequest, Slo
 
 
 class AdmissionAction(enum.StrEnum):
@@ -71,6 +71,22 @@ def admit(
     if policy.refuse_hopeless if refuse_hopeless is None else refuse_hopeless:
         return AdmissionDecision(AdmissionAction.REFUSE, reason, retry_delay_s(best_s, slo))
     return AdmissionDecision(AdmissionAction.RELEGATE, reason)
+
+
+def waited_too_long(requests: Iterable[QueuedRequest], now_s: float, policy: AdmissionPolicy) -> list[str]:
+    """Return the ids of relegated requests, not started, that have waited max_wait_s: to be refused.
+
+    In lasting overload somebody's wait has no end unless some are told to go; this bounds it.
+    """
+    if not policy.max_wait_s:
+        return []
+    return [
+        request.request_id
+        for request in requests
+        if request.relegated
+        and not request.started
+        and now_s - request.arrival_s > max(policy.max_wait_s, request.slo.ttft_s)
+    ]
 
 
 def retry_delay_s(best_s: float, slo: Slo) -> float:

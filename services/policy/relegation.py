@@ -1,70 +1,54 @@
 """Whom to give up when not everybody can make it, and how those given up still get their turn."""
 
 import heapq
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 NONE, LATE, MOORE_HODGSON = "none", "late", "moore_hodgson"
 RULES = (NONE, LATE, MOORE_HODGSON)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A waiting request as relegation sees it."""
-
-    deadline_s: float
-    work_s: float
-    """Prefill work left, in seconds."""
-    weight: float = 1.0
-    """Jobs are given up by work x weight, largest first; 1 gives up the longest."""
-
-
-def moore_hodgson(jobs: Sequence[Job], finish_s: Callable[[float], float], ahead_s: float = 0.0) -> list[int]:
+def moore_hodgson(
+    deadlines_s: Sequence[float],
+    works_s: Sequence[float],
+    finish_s: Callable[[float], float],
+    ahead_s: float = 0.0,
+) -> list[int]:
     """Return the indices of the fewest jobs to give up so that all others meet their deadlines.
 
-    Goes through the jobs by deadline; when the schedule misses, drops the longest so far. Optimal when every weight
-    is 1 and the kept jobs are served by deadline.
+    Goes through the jobs by deadline; when the schedule misses, drops the longest so far. Optimal when the kept jobs
+    are served by deadline and `scores` is absent.
 
     Args:
+        deadlines_s: latest time at which each job is done.
+        works_s: work of each job.
         finish_s: time at which an amount of work is done; never decreasing.
         ahead_s: work done before the first job.
     """
     kept: list[tuple[float, int]] = []
     dropped = []
     work_s = ahead_s
-    for index in sorted(range(len(jobs)), key=lambda i: jobs[i].deadline_s):
-        job = jobs[index]
-        heapq.heappush(kept, (-job.work_s * job.weight, index))
-        work_s += job.work_s
-        while kept and finish_s(work_s) > job.deadline_s:
+    for index in sorted(range(len(works_s)), key=deadlines_s.__getitem__):
+        heapq.heappush(kept, (-works_s[index], index))
+        work_s += works_s[index]
+        while kept and finish_s(work_s) > deadlines_s[index]:
             longest = heapq.heappop(kept)[1]
-            work_s -= jobs[longest].work_s
+            work_s -= works_s[longest]
             dropped.append(longest)
     return dropped
 
 
-def late(jobs: Sequence[Job], finish_s: Callable[[float], float], ahead_s: float = 0.0) -> list[int]:
+def late(
+    deadlines_s: Sequence[float], works_s: Sequence[float], finish_s: Callable[[float], float], ahead_s: float = 0.0
+) -> list[int]:
     """Return the indices of the jobs that miss when served in the given order, each skipped when its turn comes."""
     dropped = []
     work_s = ahead_s
-    for index, job in enumerate(jobs):
-        if finish_s(work_s + job.work_s) > job.deadline_s:
+    for index, (deadline_s, job_s) in enumerate(zip(deadlines_s, works_s, strict=True)):
+        if finish_s(work_s + job_s) > deadline_s:
             dropped.append(index)
         else:
-            work_s += job.work_s
+            work_s += job_s
     return dropped
-
-
-def long_prompt_weight(request_id: str, fairness: float) -> float:
-    """Return a request's weight in the choice of whom to give up, in [1 - fairness, 1].
-
-    A lot drawn from the id alone, so that router, engine and simulator draw the same: with fairness 0 the longest
-    always loses; with more, some long prompts are spared at the price of several shorter ones.
-    """
-    if fairness <= 0:
-        return 1.0
-    return 1.0 - fairness * (zlib.crc32(request_id.encode()) / 0xFFFFFFFF)
 
 
 class RelegatedTurns:
@@ -92,5 +76,5 @@ class RelegatedTurns:
         self.credit_s = min(self.credit_s + self.share * busy_s, self.burst_s)
 
     def spend(self, work_s: float) -> None:
-        """Take the work of a relegated request that has just been started ahead of its place."""
+        """Take the work of a chunk of a relegated request that was placed ahead of the others."""
         self.credit_s -= work_s
