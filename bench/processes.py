@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,7 +44,7 @@ class Processes:
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._folder.cleanup()
 
-    async def start_workers(self, configs: list[Mapping[str, Any]]) -> tuple[list[str], list[int]]:
+    async def start_workers(self, configs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[int]]:
         """Start a fleet of workers; return their addresses, in order, and the pids of all its processes."""
         files = [self._write(config, f"worker-{index}.yaml") for index, config in enumerate(configs)]
         flags = [part for file in files for part in ("--worker", str(file))]

@@ -1,0 +1,197 @@
+"""python -m bench.live: open-loop load from a trace on live systems, compared run by run.
+
+Without --address it starts the named systems itself, one after the other, each with emulated workers; every
+repetition runs all of them on the same requests (same seed), so that compared numbers come from the same minutes.
+With --address (a router) or --openai URL it measures what already runs.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.live.load import run_load
+from bench.live.systems import SYSTEMS, Workers, running_system
+from bench.live.targets import Target, ascendra_target, openai_target, prompt_of
+from bench.metrics import Report, RequestRecord, summarize
+from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
+from services.policy.prefill import prefill_pace
+from services.policy.step_time import PROFILES, StepTimeModel
+from services.policy.token_budget import BudgetPolicy, DecodeLoad
+
+COLUMNS = {
+    "joint": "joint",
+    "ttft_only": "TTFT",
+    "tbt_only": "TBT",
+    "mean_gap": "joint by mean gap",
+    "ttft_p50_s": "TTFT p50 s",
+    "ttft_p90_s": "TTFT p90 s",
+    "pooled_gap_p99_s": "pooled p99 gap s",
+    "longest_wait_s": "longest wait s",
+}
+SHARES = ("joint", "ttft_only", "tbt_only", "mean_gap")
+
+
+def unloaded_ttft_s(profile: str, prompt_tokens: int) -> float:
+    """Return the TTFT of a prompt on an idle instance of a profile, for SLO set B."""
+    model = PROFILES[profile] if profile in PROFILES else StepTimeModel.from_dict(json.loads(Path(profile).read_text()))
+    pace = prefill_pace(model, DecodeLoad(), BudgetPolicy())
+    return pace.finish_s(pace.work_s(prompt_tokens))
+
+
+def fitting(workload: Iterable[WorkloadRequest], max_model_len: int) -> list[WorkloadRequest]:
+    """Drop the requests that do not fit the context; all systems get the same ones."""
+    return [item for item in workload if item.prompt_tokens + item.output_tokens < max_model_len]
+
+
+async def measure(
+    target: Target, workload: Sequence[WorkloadRequest], arguments: argparse.Namespace, name: str, seed: int
+) -> Report:
+    """Send one workload and summarise it without its warm-up."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"{name} seed {seed}", total=len(workload))
+
+        def advance(record: RequestRecord) -> None:
+            progress.advance(bar)
+
+        prompt = partial(prompt_of, vocab_size=arguments.vocab_size, seed=seed)
+        records = await run_load(target, workload, prompt, drain_s=arguments.drain_s, on_done=advance)
+    counted = [record for record in records if record.arrival_s - records[0].arrival_s >= arguments.warmup_s]
+    return summarize(counted)
+
+
+async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure everything asked for; the systems take turns within each seed."""
+    trace = load_trace(arguments.trace)
+    classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
+    results = []
+    for seed in arguments.seeds:
+        for rate_rps in arguments.rates:
+            workload = fitting(
+                make_workload(
+                    trace,
+                    arrivals=arguments.arrivals,
+                    rate_rps=rate_rps,
+                    requests=round(rate_rps * (arguments.warmup_s + arguments.seconds)),
+                    classes=classes,
+                    seed=seed,
+                ),
+                arguments.max_model_len,
+            )
+            for name in target_names(arguments):
+                async with AsyncExitStack() as stack:
+                    target = await open_target(name, arguments, seed, stack)
+                    report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
+                results.append({"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict()})
+                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%}", file=sys.stderr)
+    return results
+
+
+def target_names(arguments: argparse.Namespace) -> list[str]:
+    """Return what is measured, by name."""
+    if arguments.address:
+        return ["address"]
+    return ["openai"] if arguments.openai else list(arguments.systems)
+
+
+async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> Target:
+    """Start (or only connect to) a system."""
+    if name == "openai":
+        return await stack.enter_async_context(
+            openai_target(arguments.openai, arguments.openai_model, timeout_s=arguments.timeout_s)
+        )
+    addresses = arguments.address
+    if not addresses:
+        workers = Workers(
+            count=arguments.workers,
+            model=arguments.model,
+            profile=arguments.profile,
+            jitter_sigma=arguments.jitter_sigma,
+            max_model_len=arguments.max_model_len,
+            kv_capacity_tokens=arguments.kv_capacity_tokens,
+        )
+        addresses = [await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))]
+        await asyncio.sleep(1)  # lets routers attach and learn the round trip
+    return await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s))
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Render medians over seeds, with the spread of the primary metric."""
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["rate_rps"], result["system"]), []).append(result["report"])
+    lines = [
+        "| req/s | system | " + " | ".join(COLUMNS.values()) + " | longest tenth joint | min-max joint |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
+    for (rate_rps, system), reports in groups.items():
+        cells = []
+        for name in COLUMNS:
+            value = statistics.median(report[name] for report in reports)
+            cells.append(f"{value:.1%}" if name in SHARES else f"{value:.3g}")
+        longest = statistics.median(report["joint_by_prompt_decile"][-1] for report in reports)
+        joints = [report["joint"] for report in reports]
+        spread = f"{min(joints):.1%}-{max(joints):.1%}"
+        lines.append(f"| {rate_rps:g} | {system} | {' | '.join(cells)} | {longest:.1%} | {spread} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trace", type=Path, required=True, help="trace file; formats in bench/workloads.py")
+    parser.add_argument("--arrivals", default="poisson", help="poisson, gamma:<cv> or trace (own timestamps)")
+    parser.add_argument("--rates", type=float, nargs="+", required=True, help="requests per second")
+    parser.add_argument("--slo", default="1000/100", help="A, B, C or <ttft_ms>/<tbt_ms>")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of a run after the warm-up, in seconds")
+    parser.add_argument("--warmup-s", type=float, default=10.0, help="requests of the first seconds do not count")
+    parser.add_argument("--drain-s", type=float, default=60.0, help="wait for stragglers after the last arrival")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="limit of one request, in seconds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--systems", nargs="+", default=["vllm-rr-2048", "vllm-rr-512", "ascendra"], choices=SYSTEMS)
+    parser.add_argument("--workers", type=int, default=8, help="emulated workers")
+    parser.add_argument("--model", type=Path, help="model directory, for the router's tokenizer")
+    parser.add_argument("--profile", default="a100-llama3-8b", help="step-time profile of the emulated workers")
+    parser.add_argument("--jitter-sigma", type=float, default=0.03, help="standard deviation of log(step time)")
+    parser.add_argument("--max-model-len", type=int, default=8192, help="context; longer requests are left out")
+    parser.add_argument("--kv-capacity-tokens", type=int, default=380_000, help="KV cache of a worker, in tokens")
+    parser.add_argument("--vocab-size", type=int, default=1000, help="prompts are random ids below this")
+    parser.add_argument("--address", nargs="+", default=[], help="measure running routers instead")
+    parser.add_argument("--openai", default="", help="measure a running OpenAI-compatible server, by base URL")
+    parser.add_argument("--openai-model", default="", help="its model name")
+    parser.add_argument("--out", type=Path, help="write raw results as JSON")
+    arguments = parser.parse_args()
+    if not arguments.address and not arguments.openai and arguments.model is None:
+        parser.error("--model is needed to start systems")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print the table, write raw results."""
+    arguments = parse()
+    results = uvloop.run(run(arguments))
+    print(table(results))
+    if arguments.out:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+        arguments.out.write_text(json.dumps({"commit": commit, "settings": settings, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
