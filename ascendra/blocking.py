@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
 
@@ -74,7 +74,7 @@ class Client:
         """Yield a completion as it is generated; as `AsyncClient.stream`."""
         chunks = self._client.stream(prompt, **options)
         try:
-            while (chunk := self._loop.run(anext(chunks, None))) is not None:
+            while (chunk := self._loop.run(_next(chunks))) is not None:
                 yield chunk
         finally:
             self._loop.run(chunks.aclose())
@@ -107,7 +107,7 @@ class Client:
         """Yield the cluster as one router sees it, every interval_s seconds, until it fails."""
         statuses = self._client.watch_status(interval_s)
         try:
-            while (status := self._loop.run(anext(statuses, None))) is not None:
+            while (status := self._loop.run(_next(statuses))) is not None:
                 yield status
         finally:
             self._loop.run(statuses.aclose())
@@ -123,6 +123,10 @@ class Client:
     def drain(self, worker_id: str, *, timeout_s: float | None = None) -> int:
         """Stop placing on a worker and return how many requests it still has."""
         return self._loop.run(self._client.drain(worker_id, timeout_s=timeout_s))
+
+
+async def _next(items: AsyncGenerator[_T]) -> _T | None:
+    return await anext(items, None)
 
 
 class _LoopThread:

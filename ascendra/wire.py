@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -107,12 +107,11 @@ def sampling_to_wire(sampling: types.SamplingParams) -> common_pb2.SamplingParam
             continue
         match field.name:
             case "stop":
-                strings = [value] if isinstance(value, str) else value
-                wire.stop.extend(text.encode() for text in strings)
+                wire.stop.extend(_stop_strings(value))
             case "stop_token_ids" | "allowed_token_ids" | "bad_words":
-                _extend(wire, field.name, value)
+                _fill(getattr(wire, field.name).extend, field.name, value)
             case "logit_bias":
-                _update(wire, field.name, value)
+                _fill(wire.logit_bias.update, field.name, value)
             case "structured_output":
                 wire.structured_output.CopyFrom(_structured_output(value))
             case _:
@@ -219,15 +218,17 @@ def _set(message: Any, name: str, value: Any, *, prefix: str = "") -> None:
         raise InvalidArgumentError(f"{prefix}{name}: {error}") from error
 
 
-def _extend(message: Any, name: str, values: Iterable[Any]) -> None:
+def _fill(add: Callable[[Any], object], name: str, values: Any) -> None:
+    """Fill a repeated field or a map, with the same promise."""
     try:
-        getattr(message, name).extend(values)
+        add(values)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"sampling.{name}: {error}") from error
 
 
-def _update(message: Any, name: str, values: Mapping[Any, Any]) -> None:
-    try:
-        getattr(message, name).update(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"sampling.{name}: {error}") from error
+def _stop_strings(stop: Sequence[str]) -> list[bytes]:
+    strings = [stop] if isinstance(stop, str) else stop
+    for text in strings:
+        if not isinstance(text, str):
+            raise InvalidArgumentError(f"sampling.stop: each must be a string, got {text!r}")
+    return [text.encode() for text in strings]

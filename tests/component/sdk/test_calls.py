@@ -1,0 +1,172 @@
+"""What the client offers beside streams, over a real socket."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import ascendra
+from ascendra import AsyncClient, Client
+from ascendra.v1 import cluster_pb2, common_pb2
+from tests.support import scripted_router as scripted
+from tests.support.scripted_router import ScriptedRouter, counting
+
+
+async def test_requests_carry_the_deadline_and_the_metadata() -> None:
+    """The time limit is the gRPC deadline as well; the client's metadata goes with every call."""
+    async with scripted.serve(counting(1)) as router:
+        async with AsyncClient(router.address, metadata={"authorization": "Bearer k"}) as client:
+            await client.generate("x", timeout_s=20)
+    assert router.metadata[0]["authorization"] == "Bearer k"
+    assert 0 < router.time_remaining_s[0] <= 20
+
+
+async def test_requests_go_to_the_routers_in_turn() -> None:
+    """Several addresses share the load."""
+    async with scripted.serve(counting(1)) as first, scripted.serve(counting(1)) as second:
+        async with AsyncClient([first.address, second.address]) as client:
+            for _ in range(6):
+                await client.generate("x")
+    assert (len(first.requests), len(second.requests)) == (3, 3)
+
+
+async def test_a_session_uses_one_stream_and_a_new_one_after_a_break() -> None:
+    """All requests share a stream; when it has broken, the next request opens another."""
+    async with (
+        scripted.serve(counting(2)) as router,
+        AsyncClient(router.address) as client,
+        client.session() as session,
+    ):
+        await asyncio.gather(*(session.generate("x") for _ in range(5)))
+        assert router.sessions == 1
+        router.script = scripted.in_order(scripted.always(scripted.Break()), counting(2))
+        assert (await session.generate("x")).token_ids == [0, 1]
+        assert router.sessions == 2
+
+
+async def test_a_closed_session_fails_its_requests() -> None:
+    """Nothing waits for ever on a session that was closed."""
+    async with scripted.serve(counting(1000, pause_s=0.01)) as router, AsyncClient(router.address) as client:
+        session = client.session()
+        waiting = asyncio.create_task(session.generate("x", request_id="r1"))
+        await router.until(lambda router: bool(router.requests))
+        await session.close()
+        with pytest.raises(ascendra.UnavailableError, match="closed"):
+            await waiting
+        with pytest.raises(ascendra.UnavailableError, match="closed"):
+            await session.generate("x")
+        await router.until_cancelled("r1")
+
+
+async def test_text_and_tokens() -> None:
+    """tokenize takes text or messages; detokenize is its reverse; models are listed."""
+    async with scripted.serve(counting(1)) as router, AsyncClient(router.address) as client:
+        assert await client.tokenize("ab") == [97, 98]
+        assert await client.tokenize(messages=[{"role": "user", "content": "b"}]) == [98]
+        assert await client.detokenize([97, 98]) == "ab"
+        assert [model.name for model in await client.models()] == ["tiny"]
+
+
+async def test_the_cluster_can_be_read_and_changed() -> None:
+    """Status once and again; roles and drains by worker id."""
+    async with scripted.serve(counting(1)) as router, AsyncClient(router.address) as client:
+        assert [worker.worker_id for worker in (await client.status()).workers] == ["w0", "w1"]
+        seen = 0
+        async with contextlib.aclosing(client.watch_status(0.1)) as statuses:
+            async for status in statuses:
+                assert status.router_id == "router-0"
+                seen += 1
+                if seen == 3:
+                    break
+        assert await client.set_role("w1", ascendra.Role.LOW) is ascendra.Role.LOW
+        assert await client.set_role("w1", "high") is ascendra.Role.HIGH
+        assert await client.drain("w0") == 3
+        with pytest.raises(ascendra.NotFoundError, match="no worker 'w9'"):
+            await client.drain("w9")
+        with pytest.raises(ascendra.InvalidArgumentError, match="low, high, unified"):
+            await client.set_role("w1", "fast")
+
+
+async def test_explain_asks_every_router() -> None:
+    """Only the router that served a request can explain it; the client finds it."""
+    async with scripted.serve(counting(1)) as first, scripted.serve(counting(1)) as second:
+        async with AsyncClient(second.address) as client:
+            await client.generate("x", request_id="r1")
+        async with AsyncClient([first.address, second.address]) as client:
+            for _ in range(2):
+                assert [decision.kind for decision in (await client.explain("r1")).decisions] == ["place", "offload"]
+            with pytest.raises(ascendra.NotFoundError):
+                await client.explain("r2")
+
+
+async def test_control_calls_pass_over_a_router_that_is_down() -> None:
+    """A status comes from any router that answers."""
+    down = ScriptedRouter(counting(1))
+    await down.start()
+    await down.stop()
+    async with scripted.serve(counting(1)) as router, AsyncClient([down.address, router.address]) as client:
+        for _ in range(3):
+            assert (await client.status()).router_id == "router-0"
+
+
+async def test_the_request_carries_every_option() -> None:
+    """Options arrive as given."""
+    async with scripted.serve(counting(1)) as router, AsyncClient(router.address) as client:
+        await client.generate(
+            messages=[ascendra.Message("user", "hi")],
+            sampling=ascendra.SamplingParams(temperature=0, max_tokens=5, stop=["\n"], logit_bias={3: -1.0}),
+            slo=ascendra.Slo(ttft_ms=300),
+            slo_class="chat",
+            priority=-2,
+            tenant="t",
+            session_id="s",
+            model="tiny",
+            on_overload="refuse",
+            sinks=["log"],
+        )
+    [request] = router.requests
+    assert request.chat.messages[0].content == "hi"
+    assert request.sampling.temperature == 0
+    assert request.sampling.HasField("temperature")
+    assert list(request.sampling.stop) == [b"\n"]
+    assert dict(request.sampling.logit_bias) == {3: -1.0}
+    assert request.slo == common_pb2.Slo(ttft_ms=300)
+    assert (request.slo_class, request.priority, request.tenant) == ("chat", -2, "t")
+    assert (request.session_id, request.model, list(request.sinks)) == ("s", "tiny", ["log"])
+
+
+@pytest.fixture
+def router_in_a_thread() -> Iterator[ScriptedRouter]:
+    """A router that serves from a loop of its own."""
+    router = ScriptedRouter(counting(5))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(router.start(), loop).result(30)
+        yield router
+        asyncio.run_coroutine_threadsafe(router.stop(), loop).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_the_blocking_client_does_the_same(router_in_a_thread: ScriptedRouter) -> None:
+    """Generate, stream, leave a stream early, and read the cluster without an event loop."""
+    with Client(router_in_a_thread.address) as client, Client(router_in_a_thread.address) as other:
+        assert client.generate("x").text == " 0 1 2 3 4"
+        assert "".join(chunk.text for chunk in client.stream("x")) == " 0 1 2 3 4"
+        router_in_a_thread.script = counting(1000, pause_s=0.01)
+        for chunk in client.stream("x", request_id="left"):
+            if chunk.token_ids:
+                break
+        assert other.tokenize("a") == [97]
+        assert other.detokenize([97]) == "a"
+        assert isinstance(other.status(), cluster_pb2.GetStatusResponse)
+        assert next(client.watch_status(0.1)).router_id == "router-0"
+        with pytest.raises(ascendra.NotFoundError):
+            client.explain("nothing")
+    assert "left" in router_in_a_thread.cancelled
