@@ -16,19 +16,22 @@ from tests.support.scripted_router import ScriptedRouter, counting
 
 async def test_requests_carry_the_deadline_and_the_metadata() -> None:
     """The time limit is the gRPC deadline as well; the client's metadata goes with every call."""
-    async with scripted.serve(counting(1)) as router:
-        async with AsyncClient(router.address, metadata={"authorization": "Bearer k"}) as client:
-            await client.generate("x", timeout_s=20)
+    metadata = {"authorization": "Bearer k"}
+    async with scripted.serve(counting(1)) as router, AsyncClient(router.address, metadata=metadata) as client:
+        await client.generate("x", timeout_s=20)
     assert router.metadata[0]["authorization"] == "Bearer k"
     assert 0 < router.time_remaining_s[0] <= 20
 
 
 async def test_requests_go_to_the_routers_in_turn() -> None:
     """Several addresses share the load."""
-    async with scripted.serve(counting(1)) as first, scripted.serve(counting(1)) as second:
-        async with AsyncClient([first.address, second.address]) as client:
-            for _ in range(6):
-                await client.generate("x")
+    async with (
+        scripted.serve(counting(1)) as first,
+        scripted.serve(counting(1)) as second,
+        AsyncClient([first.address, second.address]) as client,
+    ):
+        for _ in range(6):
+            await client.generate("x")
     assert (len(first.requests), len(second.requests)) == (3, 3)
 
 
