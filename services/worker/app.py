@@ -25,8 +25,8 @@ EXIT_ENGINE_DIED = 70
 _ENGINE_CHECK_S = 0.1
 _LAST_WORDS_S = 0.5
 """Time for the routers to read how their requests ended."""
-Announce = Callable[[str, str], None]
-"""(worker id, address): the worker takes requests."""
+Announce = Callable[[str, str, str], None]
+"""(worker id, address, HTTP address): the worker takes requests."""
 
 
 async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announce | None = None) -> int:
@@ -39,7 +39,7 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
     server = await start_grpc_server(config.listen, lambda server: _register(server, worker))
     http = await start_http_status(config.metrics_listen, lambda: worker.ready) if config.metrics_listen else None
     address = config.advertise or server.address
-    (announce or _announce)(worker.worker_id, server.address)
+    (announce or _announce)(worker.worker_id, server.address, http.address if http else "")
     background = [asyncio.create_task(_watch_engine(worker, engine), name="watch-engine")]
     if config.predictor:
         reporter = TelemetryReporter(worker, config.predictor)
@@ -65,8 +65,8 @@ def _register(server: grpc.aio.Server, worker: Worker) -> list[str]:
     return [worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name]
 
 
-def _announce(worker_id: str, address: str) -> None:
-    announce_ready("worker", worker_id=worker_id, address=address)
+def _announce(worker_id: str, address: str, http_address: str) -> None:
+    announce_ready("worker", worker_id=worker_id, address=address, http=http_address)
 
 
 async def _serve(worker: Worker, server: GrpcServer, stop: asyncio.Event) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 import grpc
@@ -39,11 +39,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Attach(
         self, request_iterator: AsyncIterator[worker_pb2.AttachRequest], context: "grpc.aio.ServicerContext[Any, Any]"
-    ) -> AsyncIterator[worker_pb2.AttachResponse]:
+    ) -> AsyncGenerator[worker_pb2.AttachResponse, None]:
         """Serve one router until its stream ends; then abort what it left."""
         hello = await _hello(request_iterator)
         attachment = Attachment(self._worker, hello.router_id)
-        async with contextlib.aclosing(attachment.run(request_iterator)) as responses:
+        responses = attachment.run(request_iterator)
+        async with contextlib.aclosing(responses):
             async for response in responses:
                 yield response
 
@@ -72,7 +73,9 @@ class Attachment:
         self._control: set[asyncio.Task[None]] = set()
         self._control_slots = asyncio.Semaphore(_MAX_CONTROL_CALLS)
 
-    async def run(self, requests: AsyncIterator[worker_pb2.AttachRequest]) -> AsyncIterator[worker_pb2.AttachResponse]:
+    async def run(
+        self, requests: AsyncIterator[worker_pb2.AttachRequest]
+    ) -> AsyncGenerator[worker_pb2.AttachResponse, None]:
         """Yield what the router should hear until it closes its side, or the engine dies."""
         worker = self._worker
         yield worker_pb2.AttachResponse(welcome=await worker.welcome())
@@ -163,7 +166,7 @@ class Attachment:
     async def _generate(self, live: LiveRequest, request: EngineRequest) -> None:
         worker, outbox = self._worker, self._outbox
         try:
-            async with contextlib.aclosing(worker.engine.generate(request)) as deltas:  # type: ignore[type-var]
+            async with contextlib.aclosing(worker.engine.generate(request)) as deltas:
                 async for delta in deltas:
                     self._deliver(live, delta)
         except RejectedByEngine as error:

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class VllmEngine:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         """Run a request; the last delta has a finish."""
         standing = request.standing
         deadline_ms = round((standing.arrival_s + standing.ttft_slo_s) * 1000)

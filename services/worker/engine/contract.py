@@ -1,6 +1,6 @@
 """What the worker asks of an engine, in plain data: the seam between the servicer and vLLM. Imports neither."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -129,7 +129,7 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         """Run a request; the last delta has a finish. Raises RejectedByEngine. Cancelling the iteration aborts it."""
         ...
 

@@ -9,6 +9,11 @@ import signal
 _PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def isolate_engine_core() -> None:
     """Make this process die when its parent does, and keep terminal and fork-inherited signals away from the parent.
 
@@ -17,7 +22,7 @@ def isolate_engine_core() -> None:
     if multiprocessing.parent_process() is None:
         return
     # A killed front end would otherwise leave the engine core running for ever.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     # A forked core shares the event loop's wake-up socket: its own signals would look like the front end's.
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
