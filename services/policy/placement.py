@@ -61,9 +61,9 @@ class Placement:
 
 
 def queue_ttft_s(view: InstanceView, request: QueuedRequest, budget: BudgetPolicy) -> float:
-    """Return the seconds to a new request's first token behind everything queued on an instance."""
+    """Return the seconds to a new request's first token behind all queued on an instance but the relegated."""
     pace = instance_pace(view, budget)
-    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue)
+    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if not queued.relegated)
     return view.hop_s + pace.finish_s(work_s + pace.remaining_work_s(request))
 
 

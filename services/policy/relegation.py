@@ -16,7 +16,7 @@ def moore_hodgson(
     """Return the indices of the fewest jobs to give up so that all others meet their deadlines.
 
     Goes through the jobs by deadline; when the schedule misses, drops the longest so far. Optimal when the kept jobs
-    are served by deadline and `scores` is absent.
+    are served by deadline.
 
     Args:
         deadlines_s: latest time at which each job is done.

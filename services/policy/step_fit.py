@@ -13,6 +13,8 @@ _FEATURES = ("step", "prefill token", "decode", "decode context token", "prefill
 _MAX_STEP_S = 60.0
 _REFIT_STEPS = 32
 _RATIO_WINDOW = 1024
+_SAFETY_SIGMAS = 2.75
+"""Spreads of step time that the safety factor covers at least."""
 _CLIP = 0.5
 """Largest log(measured / predicted) that one step may teach."""
 
@@ -181,6 +183,8 @@ class OnlineStepTimeFit:
         )
         ordered = sorted(self._ratios)
         tail = ordered[min(int(self._quantile * len(ordered)), len(ordered) - 1)]
+        # A request fails by its worst gap in a hundred: the tail of a window of steps alone is too short to tell.
+        tail = max(tail, math.exp(_SAFETY_SIGMAS * self._spread))
         weight = min(len(ordered) / 256, 1.0)
         safety = weight * min(max(tail, 1.02), 2.0) + (1 - weight) * self._prior.safety_factor
         self._model = StepTimeModel(

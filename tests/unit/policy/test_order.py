@@ -1,0 +1,117 @@
+"""The one order of waiting requests."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.policy.order import OrderPolicy, order_waiting
+from services.policy.prefill import prefill_pace
+from services.policy.relegation import RULES, RelegatedTurns
+from services.policy.state import QueuedRequest, Role, Slo
+from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.token_budget import BudgetPolicy, DecodeLoad
+from services.policy.value_functions import VALUE_FUNCTIONS
+from tests.unit.policy.strategies import requests, seconds
+
+PACE = prefill_pace(A100_LLAMA3_8B, DecodeLoad(30, 30_000), BudgetPolicy(), 0.1)
+policies = st.builds(
+    OrderPolicy,
+    value_function=st.sampled_from(sorted(VALUE_FUNCTIONS)),
+    relegation=st.sampled_from(RULES),
+    pause_started=st.booleans(),
+)
+
+
+def waiting(name: str, tokens: int, arrival_s: float = 0.0, ttft_s: float = 2.0, **flags: bool) -> QueuedRequest:
+    """Return a waiting request."""
+    slo = Slo(ttft_s=ttft_s, tbt_s=0.1)
+    return QueuedRequest(request_id=name, arrival_s=arrival_s, prompt_tokens=tokens, slo=slo, **flags)
+
+
+def names(order: list[QueuedRequest]) -> list[str]:
+    """Return the ids in order."""
+    return [request.request_id for request in order]
+
+
+@given(requests(), policies, st.sampled_from(list(Role)), seconds, st.floats(-1, 1))
+def test_order_is_a_permutation_that_ignores_how_the_queue_was_held(
+    queue: list[QueuedRequest], policy: OrderPolicy, role: Role, now_s: float, credit_s: float
+) -> None:
+    """Nobody is lost or doubled, and the same requests in another arrangement come out the same."""
+    order = order_waiting(queue, now_s, PACE, policy, role, credit_s)
+    assert sorted(names(order.ordered)) == sorted(names(queue))
+    again = order_waiting(list(reversed(queue)), now_s, PACE, policy, role, credit_s)
+    assert names(order.ordered) == names(again.ordered)
+    assert not {r.request_id for r in queue if r.relegated} & set(order.newly_relegated)
+
+
+@given(requests(started=False), seconds)
+def test_kept_requests_make_their_deadlines_in_edf_order(queue: list[QueuedRequest], now_s: float) -> None:
+    """Under edf, whoever is neither relegated nor promoted is predicted to make it."""
+    order = order_waiting(queue, now_s, PACE, OrderPolicy())
+    gone = set(order.newly_relegated) | {r.request_id for r in queue if r.relegated}
+    work_s = 0.0
+    for request in order.ordered:
+        if request.request_id in gone:
+            break
+        work_s += PACE.remaining_work_s(request)
+        assert now_s + PACE.finish_s(work_s) <= request.deadline_s + 1e-6
+
+
+def test_hp_serves_urgent_then_ticketed_then_rest_then_relegated() -> None:
+    """On HP class comes before deadline; on LP it does not."""
+    queue = [
+        waiting("relegated", 10, -30.0, relegated=True),
+        waiting("rest", 10, -0.3),
+        waiting("ticketed", 10, -0.2, ticketed=True),
+        waiting("urgent", 10, -0.1, urgent=True),
+    ]
+    policy = OrderPolicy()
+    assert names(order_waiting(queue, 0.0, PACE, policy, Role.HIGH).ordered) == [
+        "urgent",
+        "ticketed",
+        "rest",
+        "relegated",
+    ]
+    assert names(order_waiting(queue, 0.0, PACE, policy, Role.LOW).ordered) == [
+        "rest",
+        "ticketed",
+        "urgent",
+        "relegated",
+    ]
+
+
+def test_ticketed_work_never_costs_an_urgent_request_its_deadline() -> None:
+    """When HP cannot make everybody, the ticketed one is given up even if it is shorter."""
+    queue = [waiting("urgent", 6000, 0.0, 1.0, urgent=True), waiting("ticketed", 3000, 0.0, 0.5, ticketed=True)]
+    pace = prefill_pace(A100_LLAMA3_8B, DecodeLoad(), BudgetPolicy())
+    order = order_waiting(queue, 0.0, pace, OrderPolicy(), Role.HIGH)
+    assert order.newly_relegated == ["ticketed"]
+
+
+def test_a_relegated_started_request_waits_or_goes_on_as_the_policy_says() -> None:
+    """Partly prefilled and outranked: paused by default, first without pausing."""
+    queue = [waiting("old", 5000, -10.0, relegated=True, started=True), waiting("new", 100)]
+    assert names(order_waiting(queue, 0.0, PACE, OrderPolicy()).ordered) == ["new", "old"]
+    assert names(order_waiting(queue, 0.0, PACE, OrderPolicy(pause_started=False)).ordered) == ["old", "new"]
+
+
+def test_an_overdue_relegated_request_always_gets_its_turn() -> None:
+    """Under endless overload by newcomers, credit lets the overdue one go first before long."""
+    policy = OrderPolicy(relegated_after_s=5.0)
+    turns = RelegatedTurns(0.05)
+    overdue = waiting("overdue", 6000, -6.0, relegated=True)
+    for step in range(100):
+        now_s = 0.1 * step
+        queue = [overdue, *(waiting(f"new{i}", 2000, now_s) for i in range(10))]
+        order = order_waiting(queue, now_s, PACE, policy, credit_s=turns.credit_s)
+        if order.ordered[0] is overdue:
+            assert order.promoted == ["overdue"]
+            return
+        turns.earn(0.1)
+    raise AssertionError("the relegated request never came first")
+
+
+def test_relegated_requests_that_still_make_it_come_before_hopeless_ones() -> None:
+    """With room to spare, a relegated request whose deadline is reachable is served before older lost ones."""
+    queue = [waiting("lost", 100, -10.0, relegated=True), waiting("hopeful", 100, 0.0, relegated=True)]
+    assert names(order_waiting(queue, 0.0, PACE, OrderPolicy()).ordered) == ["hopeful", "lost"]
