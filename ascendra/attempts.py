@@ -22,6 +22,8 @@ class Attempt(Protocol):
 
     resume_cursor: bytes
     """Set before the first chunk when the stream can be resumed elsewhere."""
+    prompt_tokens: int
+    """Length of the prompt in tokens; set before the first chunk."""
 
     async def read(self) -> Chunk | None:
         """Return the next chunk, or None after the last. Raises AscendraError."""
@@ -101,6 +103,7 @@ async def run_request(
             attempt = await open_attempt(progress.next_request(remaining_s), remaining_s)
             while (chunk := await attempt.read()) is not None:
                 progress.add(chunk)
+                chunk.prompt_tokens = attempt.prompt_tokens
                 failures = 0
                 yield chunk
             return

@@ -210,6 +210,7 @@ class _GenerateAttempt:
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
         self.resume_cursor = b""
+        self.prompt_tokens = 0
         self._endpoint = endpoint
         self._request_id = request.request_id
         self._finished = False
@@ -230,6 +231,7 @@ class _GenerateAttempt:
                 return None
             if response.HasField("accepted"):
                 self.resume_cursor = response.accepted.resume_cursor
+                self.prompt_tokens = response.accepted.prompt_tokens
             self._finished = response.HasField("finished")
             if response.token_ids or response.text or self._finished:
                 return wire.chunk_from_wire(response)

@@ -85,14 +85,15 @@ class _Mailbox:
     What a slow reader leaves is merged into one chunk, so the mailbox is bounded by the length of the completion.
     """
 
-    __slots__ = ("_ended", "_error", "_link", "_loop", "_pending", "_timer", "_waiter", "handle", "request",
-                 "resume_cursor", "sent")  # fmt: skip
+    __slots__ = ("_ended", "_error", "_link", "_loop", "_pending", "_timer", "_waiter", "handle",
+                 "prompt_tokens", "request", "resume_cursor", "sent")  # fmt: skip
 
     def __init__(self, link: "_Link", handle: int, request: inference_pb2.GenerateRequest, timeout_s: float) -> None:
         self.handle = handle
         self.request = request
         self.sent = False
         self.resume_cursor = b""
+        self.prompt_tokens = 0
         self._link = link
         self._pending: Chunk | None = None
         self._ended = False
@@ -133,6 +134,7 @@ class _Mailbox:
         """Take a response that does not fit the columns."""
         if response.HasField("accepted"):
             self.resume_cursor = response.accepted.resume_cursor
+            self.prompt_tokens = response.accepted.prompt_tokens
         if response.token_ids or response.text or response.HasField("finished"):
             self.put(wire.chunk_from_wire(response))
 

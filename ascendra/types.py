@@ -146,6 +146,8 @@ class RequestOptions(TypedDict, total=False):
     """Send token ids only, no text; cheaper."""
     sinks: Sequence[str]
     """Names of configured sinks that receive a copy of the stream."""
+    traceparent: str
+    """W3C trace context, passed on to the workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,8 @@ class Chunk:
     """One entry per token, if asked for."""
     finished: Finished | None = None
     """On the last chunk only."""
+    prompt_tokens: int = 0
+    """Length of the prompt, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def build_request(prompt: str | None, options: types.RequestOptions) -> inferenc
     request = inference_pb2.GenerateRequest(request_id=request_id)
     try:
         _set_prompt(request, prompt, options)
-        for name in ("model", "slo_class", "priority", "tenant", "session_id", "tokens_only"):
+        for name in ("model", "slo_class", "priority", "tenant", "session_id", "tokens_only", "traceparent"):
             if name in options:
                 _set(request, name, options[name])
         request.sinks.extend(options.get("sinks", ()))

@@ -40,7 +40,7 @@ class TokenPrompt(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "chat", "tokens", "sampling", "slo", "slo_class", "priority", "tenant", "session_id", "timeout_ms", "on_overload", "tokens_only", "sinks", "resume")
+    __slots__ = ("request_id", "model", "text", "chat", "tokens", "sampling", "slo", "slo_class", "priority", "tenant", "session_id", "timeout_ms", "on_overload", "tokens_only", "sinks", "resume", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class GenerateRequest(_message.Message):
     TOKENS_ONLY_FIELD_NUMBER: _ClassVar[int]
     SINKS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -73,7 +74,8 @@ class GenerateRequest(_message.Message):
     tokens_only: bool
     sinks: _containers.RepeatedScalarFieldContainer[str]
     resume: Resume
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., slo_class: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., on_overload: _Optional[_Union[OverloadAction, str]] = ..., tokens_only: bool = ..., sinks: _Optional[_Iterable[str]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., slo_class: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., on_overload: _Optional[_Union[OverloadAction, str]] = ..., tokens_only: bool = ..., sinks: _Optional[_Iterable[str]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Resume(_message.Message):
     __slots__ = ("cursor", "token_ids", "text_bytes")
