@@ -1,22 +1,32 @@
 """Learns a step-time model from the steps an engine runs, while it runs them."""
 
 import math
+from bisect import bisect_left
 from collections import deque
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from services.policy.step_time import A100_LLAMA3_8B, StepShape, StepTimeBin, StepTimeModel
 
+_Vector: TypeAlias = npt.NDArray[np.float64]
 _SCALES = (1.0, 512.0, 32.0, 32_768.0, 1e6)
 """One unit of each feature (step, prefill tokens, decodes, decode context, prefill context products) in the fit."""
 _FEATURES = ("step", "prefill token", "decode", "decode context token", "prefill context product")
 _MAX_STEP_S = 60.0
 _REFIT_STEPS = 32
+_RECENT = 64
+"""Steps that the correction and the detection of a changed machine look at."""
 _RATIO_WINDOW = 1024
 _SAFETY_SIGMAS = 2.75
 """Spreads of step time that the safety factor covers at least."""
 _CLIP = 0.5
 """Largest log(measured / predicted) that one step may teach."""
+_MAX_CONSTRAINT_ERROR = 0.01
+"""Mean squared relative error that forbidding negative coefficients may add."""
+_MAX_ERROR = 0.36
+"""Mean squared relative error above which the features explain nothing."""
 
 
 class _BinFit:
@@ -26,70 +36,87 @@ class _BinFit:
         size = len(_SCALES)
         self.moments = [[0.0] * size for _ in range(size)]
         self.targets = [0.0] * size
+        self.square = 0.0
+        """Sum of weighted squared step times."""
         self.weight = 0.0
-        self.steps = 0
 
-    def add(self, features: tuple[float, ...], step_s: float, weight: float, keep: float) -> None:
-        """Add one step; `keep` is what the steps before it are multiplied by."""
+    def add(self, features: tuple[float, ...], step_s: float, importance: float, keep: float) -> None:
+        """Add one step, weighted by `importance`; the weight of the steps before it is multiplied by `keep`."""
         targets = self.targets
         for i, (row, feature) in enumerate(zip(self.moments, features, strict=True)):
-            weighted = weight * feature
+            weighted = importance * feature
             for j in range(i, len(features)):
                 row[j] = keep * row[j] + weighted * features[j]
             targets[i] = keep * targets[i] + weighted * step_s
+        self.square = keep * self.square + importance * step_s * step_s
         self.weight = keep * self.weight + 1.0
-        self.steps += 1
 
-    def solve(self, prior: np.ndarray, prior_weight: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the non-negative and the unconstrained solution, drawn to `prior` where the steps say little."""
+    def forget(self, keep: float) -> None:
+        """Multiply the weight of all steps so far by `keep`."""
+        self.moments = [[keep * moment for moment in row] for row in self.moments]
+        self.targets = [keep * target for target in self.targets]
+        self.square *= keep
+        self.weight *= keep
+
+    def solve(self, prior: _Vector, prior_steps: float) -> tuple[_Vector, str]:
+        """Return non-negative coefficients drawn to `prior` where the steps say little, and why they are no good."""
         upper = np.array(self.moments)
         moments = upper + np.triu(upper, 1).T
         targets = np.array(self.targets)
         # Ridge in units of what each feature contributes: unseen features keep their prior, seen ones hardly feel it.
-        ridge = prior_weight * np.maximum(np.diag(moments) / max(self.weight, 1.0), 1e-3 * moments[0, 0] + 1e-12)
-        moments += np.diag(ridge)
-        targets += ridge * prior
-        free = np.linalg.solve(moments, targets)
+        ridge = (prior_steps / self.weight) * np.maximum(np.diag(moments), 1e-3 * moments[0, 0])
+        ridged, aims = moments + np.diag(ridge), targets + ridge * prior
+        free: _Vector = np.linalg.solve(ridged, aims)
         solution = free
         active = np.ones(len(prior), dtype=bool)
         while (solution < 0).any():
             active &= solution > 0
             solution = np.zeros_like(prior)
             if active.any():
-                solution[active] = np.linalg.solve(moments[np.ix_(active, active)], targets[active])
-        return solution, free
+                solution[active] = np.linalg.solve(ridged[np.ix_(active, active)], aims[active])
+
+        def error(c: _Vector) -> float:
+            return float(c @ moments @ c - 2 * targets @ c + self.square) / self.weight
+
+        if not np.isfinite(solution).all():
+            return solution, "it is not finite"
+        if error(solution) > error(free) + _MAX_CONSTRAINT_ERROR:
+            shares = free * np.sqrt(np.diag(moments) / self.weight)
+            return solution, f"steps would get shorter with each {_FEATURES[int(np.argmin(shares))]}"
+        if error(solution) > _MAX_ERROR:
+            return solution, f"step times scatter by {math.sqrt(error(solution)):.0%} around it"
+        return solution, ""
 
 
 class OnlineStepTimeFit:
     """Online fit of the step-time model of one engine.
 
-    Per step about 10 us; every 32nd refits. Forgets with a memory of `memory_steps`, faster while it is clearly wrong,
-    so that it recovers from a machine that changed. `model()` is always physically possible.
+    About 15 us a step; every 32nd refits. Forgets slowly, and at once when recent steps show that the machine changed.
+    `model()` is always physically possible: what is not is refused, and `note` says why.
     """
 
     def __init__(
-        self, warm_start: StepTimeModel | None = None, *, memory_steps: int = 2000, quantile: float = 0.99
+        self, warm_start: StepTimeModel | None = None, *, memory_steps: int = 2000, quantile: float = 0.98
     ) -> None:
         """Start from a profile.
 
         Args:
-            warm_start: model to begin with; None starts from a profile that is scaled to the first steps.
+            warm_start: model to begin with; None begins with a public profile, scaled to the first steps.
             memory_steps: steps over which old ones lose most of their weight.
             quantile: of measured / predicted step time that the safety factor covers.
         """
         self._prior = warm_start or A100_LLAMA3_8B
+        self._limits = [bin.max_tokens for bin in self._prior.bins[:-1]]
         self._bins = [_BinFit() for _ in self._prior.bins]
         self._keep = 1.0 - 1.0 / memory_steps
         self._quantile = quantile
         self._fitted = self._prior
         self._model = self._prior
-        self._scale = 0.0
-        """Slow log ratio of measured over the prior's step times: what unseen features are scaled by."""
         self._correction = 0.0
-        """Fast log ratio of measured over the fit's step times."""
+        """Log ratio of recently measured over the fit's step times."""
         self._spread = self._prior.log_sigma
         self._ratios: deque[float] = deque(maxlen=_RATIO_WINDOW)
-        self._accepted = False
+        self._recent: deque[tuple[StepShape, float]] = deque(maxlen=_RECENT)
         self.samples = 0
         self.refused_steps = 0
         self.note = ""
@@ -102,12 +129,13 @@ class OnlineStepTimeFit:
             self.refused_steps += 1
             self.note = f"refused a step: {problem}"
             return False
-        raw_s = max(self._fitted.step_s(shape), 1e-6)
-        predicted_s = raw_s * math.exp(self._correction)
-        self._ratios.append(step_s / predicted_s)
-        residual = math.log(step_s / raw_s) - self._correction
+        predicted_s = max(self._fitted.step_s(shape), 1e-6) * math.exp(self._correction)
+        ratio = step_s / predicted_s
+        residual = math.log(ratio)
+        self._ratios.append(ratio)
+        self._recent.append((shape, step_s))
+        self._correction += 0.01 * min(max(residual, -_CLIP), _CLIP)
         self.samples += 1
-        self._follow(residual, math.log(step_s / max(self._prior.step_s(shape), 1e-6)))
 
         features = (
             1.0,
@@ -118,11 +146,10 @@ class OnlineStepTimeFit:
         )
         size = abs(residual)
         tolerated = 2.5 * max(self._spread, 0.01)
-        robust = 1.0 if size <= tolerated else tolerated / size
-        changed = abs(self._correction) > max(0.15, 2 * self._spread)
-        bin = self._bins[self._index(shape.prefill_tokens + shape.decodes)]
-        bin.add(features, step_s, robust / (predicted_s * predicted_s), self._keep**20 if changed else self._keep)
-        if self.samples % _REFIT_STEPS == 0:
+        robust = 1.0 if size <= tolerated else (tolerated / size) ** 2
+        bin = self._bins[bisect_left(self._limits, shape.prefill_tokens + shape.decodes)]
+        bin.add(features, step_s, robust / (step_s * predicted_s), self._keep)
+        if self.samples % _REFIT_STEPS == 0 or self.samples == _REFIT_STEPS // 4:
             self._refit()
         return True
 
@@ -130,63 +157,54 @@ class OnlineStepTimeFit:
         """Return the present model: the last accepted fit, corrected by recent residuals, with the measured spread."""
         return self._model
 
-    def _index(self, tokens: int) -> int:
-        for index, bin in enumerate(self._prior.bins):
-            if tokens <= bin.max_tokens:
-                return index
-        return len(self._prior.bins) - 1
-
-    def _follow(self, residual: float, prior_ratio: float) -> None:
-        """Update the correction (decay 0.99, clipped), the spread and the prior's scale."""
-        clipped = min(max(residual, -_CLIP), _CLIP)
-        rate = max(0.01, 1.0 / self.samples if self.samples < 100 else 0.0)
-        self._correction += rate * clipped
-        self._spread += 0.01 * (min(abs(residual), 3 * self._spread + 0.02) * 1.2533 - self._spread)
-        self._scale += rate * min(max(prior_ratio - self._scale, -3.0), 3.0)
+    def _recent_bias(self, model: StepTimeModel) -> float:
+        """Return the median of log(measured / predicted) over recent steps."""
+        logs = sorted(math.log(step_s / max(model.step_s(shape), 1e-6)) for shape, step_s in self._recent)
+        return logs[len(logs) // 2]
 
     def _refit(self) -> None:
         """Fit every bin anew, refuse what cannot be, and publish the model."""
         self.note = ""
-        bins = tuple(
-            self._fit_bin(index, fit, prior)
-            for index, (fit, prior) in enumerate(zip(self._bins, self._prior.bins, strict=True))
+        if abs(self._recent_bias(self._model)) > max(0.12, self._spread) and self.samples > _RECENT:
+            for bin in self._bins:
+                bin.forget(0.02)
+            self._ratios.clear()
+        scale = math.exp(self._recent_bias(self._prior))
+        self._fitted = StepTimeModel(
+            tuple(self._fit_bin(index, scale) for index in range(len(self._bins))), source="online"
         )
-        fitted = StepTimeModel(bins, source="online")
-        old = self._fitted
-        if bins != old.bins:
-            # What the correction had learned about the old fit is now in the new one.
-            self._correction *= 0.5 if self._accepted else 0.0
-            self._accepted = True
-            self._fitted = fitted
+        bias = self._recent_bias(self._fitted)
+        noise = 2.5 * self._spread / math.sqrt(len(self._recent))
+        self._correction = math.copysign(max(abs(bias) - noise, 0.0), bias)
         self._publish()
 
-    def _fit_bin(self, index: int, fit: _BinFit, prior: StepTimeBin) -> StepTimeBin:
-        scale = math.exp(self._scale)
+    def _fit_bin(self, index: int, scale: float) -> StepTimeBin:
+        """Return a bin's new coefficients, or those in use when the new ones cannot be."""
+        fit, prior = self._bins[index], self._prior.bins[index]
         expected = np.array([max(c, 0.0) * unit * scale for c, unit in zip(_slopes(prior), _SCALES, strict=True)])
-        if fit.steps < 8:
+        if fit.weight < 1:
             return _bin(prior.max_tokens, expected)
-        solution, free = fit.solve(expected, prior_weight=2.0)
-        present = self._fitted.bins[index]
-        problem = _impossible(free, fit)
-        if problem or not np.isfinite(solution).all():
-            self.note = f"refused a fit: {problem or 'not finite'}"
-            return present
+        solution, problem = fit.solve(expected, prior_steps=2.0)
+        if problem:
+            self.note = f"refused a fit: {problem}"
+            return _bin(prior.max_tokens, np.maximum(_scaled(self._fitted.bins[index]), 0.0))
         return _bin(prior.max_tokens, solution)
 
     def _publish(self) -> None:
         factor = math.exp(self._correction)
-        bins = tuple(
-            StepTimeBin(
-                b.max_tokens, b.a0 * factor, b.a1 * factor, b.a2 * factor, b.a3 * factor, b.a4 * factor, b.a5 * factor
+        bins = tuple(_bin(bin.max_tokens, factor * _scaled(bin)) for bin in self._fitted.bins)
+        safety = self._prior.safety_factor
+        count = len(self._ratios)
+        if count:
+            ordered = sorted(self._ratios)
+            low, middle, high, upper, tail = (
+                ordered[min(int(level * count), count - 1)] for level in (0.16, 0.5, 0.84, 0.9, self._quantile)
             )
-            for b in self._fitted.bins
-        )
-        ordered = sorted(self._ratios)
-        tail = ordered[min(int(self._quantile * len(ordered)), len(ordered) - 1)]
-        # A request fails by its worst gap in a hundred: the tail of a window of steps alone is too short to tell.
-        tail = max(tail, math.exp(_SAFETY_SIGMAS * self._spread))
-        weight = min(len(ordered) / 256, 1.0)
-        safety = weight * min(max(tail, 1.02), 2.0) + (1 - weight) * self._prior.safety_factor
+            weight = min(count / 256, 1.0)
+            self._spread += weight * (math.log(high / low) / 2 - self._spread)
+            # A request fails by its worst gap in a hundred: a window of steps alone is too short to tell that tail.
+            measured = max(tail, (upper / middle) ** (_SAFETY_SIGMAS / 1.2816))
+            safety += weight * (min(max(measured, 1.02), 2.0) - safety)
         self._model = StepTimeModel(
             bins, safety_factor=safety, log_sigma=self._spread, source="online", samples=self.samples
         )
@@ -204,22 +222,15 @@ def _nonsense(shape: StepShape, step_s: float) -> str:
     return ""
 
 
-def _impossible(free: np.ndarray, fit: _BinFit) -> str:
-    """Say which feature the unconstrained fit wants to shorten steps, beyond what noise explains."""
-    mean_square = fit.moments[0][0] / max(fit.weight, 1.0)
-    for i, name in enumerate(_FEATURES):
-        typical = math.sqrt(fit.moments[i][i] / max(fit.weight, 1.0) / mean_square) if mean_square > 0 else 0.0
-        share = free[i] * typical * math.sqrt(mean_square)
-        if share < -0.5:
-            return f"steps would get shorter by the {name}"
-    return ""
-
-
 def _slopes(bin: StepTimeBin) -> tuple[float, ...]:
     return (bin.a0, bin.prefill_token_s, bin.a1 + bin.a3, bin.a4, bin.a5)
 
 
-def _bin(max_tokens: int, solution: np.ndarray) -> StepTimeBin:
+def _scaled(bin: StepTimeBin) -> _Vector:
+    return np.array([slope * unit for slope, unit in zip(_slopes(bin), _SCALES, strict=True)])
+
+
+def _bin(max_tokens: int, solution: _Vector) -> StepTimeBin:
     step_s, prefill_s, decode_s, context_s, product_s = (
         float(value) / unit for value, unit in zip(solution, _SCALES, strict=True)
     )
