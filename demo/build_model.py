@@ -70,6 +70,7 @@ def build_model(
 
 def _build(directory: Path, settings: Settings, report: Callable[[str], None]) -> None:
     started = time.monotonic()
+    report("reading the documentation that ships with Python")
     # Imported here: finding a model already built should not cost ten seconds of imports.
     import torch
     from transformers.utils.logging import disable_progress_bar

@@ -1,6 +1,7 @@
 """Training text that every Python brings along: the language reference in `pydoc_data` and the library's docstrings."""
 
 import ast
+import functools
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -38,8 +39,9 @@ class Document:
     paragraphs: tuple[str, ...]
 
 
-def load_corpus() -> list[Document]:
-    """Return the documents of this Python in a fixed order, without repeated paragraphs."""
+@functools.cache
+def load_corpus() -> tuple[Document, ...]:
+    """Return the documents of this Python in a fixed order, without repeated paragraphs. Takes seconds, once."""
     seen: set[str] = set()
     documents = []
     for title, text in (*_reference(), *_docstrings()):
@@ -50,7 +52,7 @@ def load_corpus() -> list[Document]:
                 paragraphs.append(paragraph)
         if paragraphs:
             documents.append(Document(title, tuple(paragraphs)))
-    return documents
+    return tuple(documents)
 
 
 def _reference() -> Iterator[tuple[str, str]]:
