@@ -116,5 +116,6 @@ async def _close(worker: Worker, server: GrpcServer, http: HttpStatus | None, en
     if worker.engine_died.is_set():
         # What is left of a dead engine may hang in its own clean-up; the kernel does it for us.
         log.error("exiting", status=EXIT_ENGINE_DIED)
+        engine.abandon()
         os._exit(EXIT_ENGINE_DIED)
     await engine.close()

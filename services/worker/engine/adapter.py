@@ -177,6 +177,10 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Leave nothing behind of an engine whose core is dead; the process must end now."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
     async def _control(self, method: str, arguments: list[Any]) -> Any:
         if not self.is_alive():
             raise EngineDead("the engine core died")

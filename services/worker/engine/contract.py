@@ -168,3 +168,7 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop the engine core."""
         ...
+
+    def abandon(self) -> None:
+        """Leave nothing behind of an engine whose core is dead; the process must end now."""
+        ...

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests: the tiny model and one fleet of real workers a session."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_model import shared_tiny_model
+from tests.support.worker_process import WorkerFleet, cpu_worker, emulated_worker
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """Directory of a tiny random Llama with a tokenizer."""
+    return shared_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
+    """Workers for all engine tests of a session; tests must leave their roles and policies as they found them.
+
+    "cpu" runs the tiny model under our policies; "emulated" does so on A100 step times; "emulated-stock" is plain
+    vLLM scheduling; "emulated-slots" has two slots; "mortal" may be killed and drained, and comes back.
+    """
+    workers = {
+        "cpu": cpu_worker(tiny_model, role="low"),
+        "emulated": emulated_worker(),
+        "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
+        "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
+        "mortal": emulated_worker(max_num_seqs=64),
+    }
+    # Socket paths are limited to about a hundred bytes, which pytest's own directories use up.
+    with tempfile.TemporaryDirectory(prefix="ascendra-") as directory:
+        running = WorkerFleet(Path(directory), workers, restart=True)
+        try:
+            running.wait_ready()
+            yield running
+        finally:
+            running.stop()
