@@ -155,8 +155,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, address: str, request_id: str
 
 def lost_connection(address: str, cause: str, *, request_id: str = "") -> UnavailableError:
     """Return the error of a connection that broke or was never made: safe to retry while nothing was received."""
-    # gRPC prefixes the cause with a list of every address it tried; the last part says what is wrong.
-    cause = cause.rpartition("last error: ")[2].strip()
+    # gRPC wraps the cause in what it tried; the last part says what is wrong.
+    cause = cause.rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2].strip()
     return UnavailableError(
         f"no connection to the router at {address}" + (f": {cause}" if cause else ""),
         reason=CONNECTION_LOST,

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -138,23 +136,6 @@ async def test_the_request_carries_every_option() -> None:
     assert request.slo == common_pb2.Slo(ttft_ms=300)
     assert (request.slo_class, request.priority, request.tenant) == ("chat", -2, "t")
     assert (request.session_id, request.model, list(request.sinks)) == ("s", "tiny", ["log"])
-
-
-@pytest.fixture
-def router_in_a_thread() -> Iterator[ScriptedRouter]:
-    """A router that serves from a loop of its own."""
-    router = ScriptedRouter(counting(5))
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(router.start(), loop).result(30)
-        yield router
-        asyncio.run_coroutine_threadsafe(router.stop(), loop).result(30)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def test_the_blocking_client_does_the_same(router_in_a_thread: ScriptedRouter) -> None:
