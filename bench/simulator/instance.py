@@ -3,7 +3,6 @@
 import math
 import random
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import cast
 
 from bench.simulator.engine import Engine, EngineConfig, Step
@@ -94,6 +93,7 @@ class Instance:
         self._rng = random.Random(f"{seed}:{index}")
         self._turns = RelegatedTurns(order.relegated_share if order else 0.0)
         self._promoted: set[str] = set()
+        self._paused: list[SimRequest] = []
         self._report = StepReport()
         self._step_s = 0.0
 
@@ -105,6 +105,9 @@ class Instance:
         report = self._report = StepReport()
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
+        if self._paused:
+            engine.running += self._paused
+            self._paused.clear()
         if step.preempted:
             report.requeued += (request for request in step.preempted if request.token_times_s)
         if self._promoted:
@@ -166,9 +169,13 @@ class Instance:
         load = DecodeLoad(len(decodes), context)
         if self.role is Role.HIGH:
             engine.max_num_seqs = self._elastic_cap(decodes, partial, context, tightest_s)
-        head = self._arrange(now_s, decodes, partial, load, tightest_s, policy)
+        ordered = self._arrange(now_s, decodes, partial, load, tightest_s, policy)
+        head = ordered[:CHUNKS_CONSIDERED]
         chunks = [(request.prompt_tokens - request.computed_tokens, request.computed_tokens) for request in head]
-        return load.decodes + prefill_budget(policy, self.model, load, bound_s, chunks)
+        prefill = prefill_budget(policy, self.model, load, bound_s, chunks)
+        if partial and self._order is not None and self._order.pause_started:
+            self._pause(ordered, prefill)
+        return load.decodes + prefill
 
     def _arrange(
         self,
@@ -179,13 +186,13 @@ class Instance:
         tightest_s: float,
         policy: BudgetPolicy,
     ) -> list[SimRequest]:
-        """Put decodes first and the rest in policy order; returns the first prefills of that order."""
+        """Put decodes first and the rest in policy order; returns the prefills in that order."""
         engine = self.engine
         waiting = engine.waiting
         if self._order is None or not (waiting or len(partial) > 1):
             if partial:
                 engine.running = decodes + partial
-            return [*partial, *islice(waiting, CHUNKS_CONSIDERED)]
+            return [*partial, *waiting]
         pace = prefill_pace(self.model, load, policy, tightest_s)
         result = order_waiting([*partial, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
         ordered = cast("list[SimRequest]", result.ordered)
@@ -196,7 +203,25 @@ class Instance:
         engine.running = decodes + [request for request in ordered if id(request) in resident]
         if waiting:
             engine.order_waiting(request for request in ordered if id(request) not in resident)
-        return ordered[:CHUNKS_CONSIDERED]
+        return ordered
+
+    def _pause(self, ordered: list[SimRequest], prefill_tokens: int) -> None:
+        """Leave out of the step the partly prefilled requests that waiting ones outrank, unless there is room for all.
+
+        vLLM serves running requests first: one that may run at all takes what it can.
+        """
+        left = prefill_tokens
+        outranked = False
+        paused = self._paused
+        for request in ordered:
+            left -= request.prompt_tokens - request.computed_tokens
+            if request.kv_tokens == 0:
+                outranked = True
+            elif outranked and left < 0:
+                paused.append(request)
+        if paused:
+            gone = set(map(id, paused))
+            self.engine.running = [request for request in self.engine.running if id(request) not in gone]
 
     def _relegate(self, names: set[str]) -> None:
         for request in self.engine.waiting:
@@ -205,12 +230,11 @@ class Instance:
                 self._report.relegated.append(request)
 
     def _charge_promoted(self, step: Step) -> None:
-        """Spend the relegated share on the work of a request that was taken ahead of its place."""
-        for request in step.admitted:
+        """Spend the relegated share on the chunks of requests that were placed ahead of the others."""
+        pace = prefill_pace(self.model, DecodeLoad(), self._budget or BudgetPolicy())
+        for request, tokens in step.scheduled:
             if request.request_id in self._promoted:
-                self._turns.spend(
-                    prefill_pace(self.model, DecodeLoad(), self._budget or BudgetPolicy()).work_s(request.prompt_tokens)
-                )
+                self._turns.spend(pace.work_s(tokens, request.computed_tokens))
 
     def _elastic_cap(
         self, decodes: list[SimRequest], partial: list[SimRequest], context: int, tightest_s: float

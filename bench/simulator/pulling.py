@@ -1,5 +1,8 @@
 """Late binding: requests wait in one ordered set at the router, and instances pull from it when they have room."""
 
+import math
+from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +11,7 @@ from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
 from bench.simulator.router import WorkerState
 from services.policy.order import OrderPolicy
-from services.policy.relegation import NONE, RelegatedTurns, long_prompt_weight, moore_hodgson
+from services.policy.relegation import NONE, RelegatedTurns, moore_hodgson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +25,8 @@ class PullPolicy:
     """Most requests queued at one instance."""
     caution: float = 1.1
     """Predicted times are multiplied by this before they are held against deadlines."""
-    refresh_s: float = 0.02
-    """The set is ordered anew at most this often, besides when requests arrive."""
+    refresh_s: float = 0.01
+    """Whom to give up is decided anew at most this often."""
 
 
 class PullingRouter:
@@ -33,48 +36,38 @@ class PullingRouter:
         self._cluster = cluster
         self._states = states
         self._policy = policy
-        self._hopeful: list[SimRequest] = []
-        """By deadline, first last."""
-        self._relegated: list[SimRequest] = []
-        """By arrival, first last."""
+        self._waiting: list[SimRequest] = []
+        """Those that one idle instance could still serve in time, by deadline."""
+        self._late: deque[SimRequest] = deque()
+        """The others, in the order in which they became late."""
+        self._given_up: set[int] = set()
+        """Of the waiting, by identity: those that the last schedule leaves out."""
         self._turns = RelegatedTurns(policy.order.relegated_share)
-        self._earned_s = 0.0
-        self._pruned_s = 0.0
+        self._scheduled_s = -math.inf
 
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
         """Keep a request, and start it at once where there is room."""
-        self._insert(request)
+        insort(self._waiting, request, key=_deadline)
         self._pump(self._states, now_s)
 
     def on_report(self, index: int, report: StepReport, now_s: float) -> None:
         """Take in a report; the instance may have room now."""
         state = self._states[index]
         state.take_in(report, now_s)
-        for request in report.relegated:
-            request.relegated = True
-        self._turns.earn(report.step_s / len(self._states))
-        if self._hopeful or self._relegated:
+        self._turns.earn(report.step_s)
+        if self._waiting or self._late:
             self._pump((state,), now_s)
 
     def on_withdrawn(self, request: SimRequest, gone: bool, now_s: float) -> None:
         """Never: what was bound stays."""
         raise AssertionError("a pulling router withdraws nothing")
 
-    def _insert(self, request: SimRequest) -> None:
-        queue = self._hopeful
-        place = len(queue)
-        while place and queue[place - 1].deadline_s < request.deadline_s:
-            place -= 1
-        queue.insert(place, request)
-
     def _pump(self, states: Sequence[WorkerState], now_s: float) -> None:
         """Fill the instances that have room, emptiest first."""
         open_states = [state for state in states if self._has_room(state)]
-        while open_states and (self._hopeful or self._relegated):
+        while open_states and (self._waiting or self._late):
             state = min(open_states, key=_work)
             request = self._next(state, now_s)
-            if request is None:
-                return
             state.add(request)
             self._cluster.send(request, state.index)
             if not self._has_room(state):
@@ -86,52 +79,52 @@ class PullingRouter:
             return False
         return state.work_s < self._policy.committed_steps * state.pace.capacity_s
 
-    def _next(self, state: WorkerState, now_s: float) -> SimRequest | None:
+    def _next(self, state: WorkerState, now_s: float) -> SimRequest:
         order = self._policy.order
-        if self._relegated:
-            oldest = self._relegated[-1]
-            if self._turns.credit_s > 0 and now_s - oldest.arrival_s >= order.relegated_after_s:
-                self._turns.spend(state.pace.remaining_work_s(oldest))
-                return self._relegated.pop()
-        if order.relegation != NONE and now_s - self._pruned_s >= self._policy.refresh_s:
-            self._pruned_s = now_s
-            self._prune(now_s)
-        if self._hopeful:
-            return self._hopeful.pop()
-        return self._relegated.pop() if self._relegated else None
+        if self._late and self._turns.credit_s > 0 and now_s - self._late[0].arrival_s >= order.relegated_after_s:
+            self._turns.spend(state.pace.remaining_work_s(self._late[0]))
+            return self._late.popleft()
+        if order.relegation != NONE and now_s - self._scheduled_s >= self._policy.refresh_s:
+            self._scheduled_s = now_s
+            self._schedule(now_s)
+        for place, request in enumerate(self._waiting):
+            if id(request) not in self._given_up:
+                return self._waiting.pop(place)
+        if self._waiting:
+            # Given up for others that are gone by now, and still in time.
+            return self._waiting.pop(0)
+        return self._late.popleft()
 
-    def _prune(self, now_s: float) -> None:
-        """Relegate the fewest, longest requests without which all others make their deadlines."""
-        queue = self._hopeful
-        count = len(self._states)
-        typical = min(self._states, key=_work)
-        pace = typical.pace
-        fairness = self._policy.order.fairness
-        rooms_s, works_s, scores = [], [], []
-        for request in reversed(queue):
+    def _schedule(self, now_s: float) -> None:
+        """Choose anew the fewest, longest requests without which all others make their deadlines."""
+        states, policy = self._states, self._policy
+        count = len(states)
+        caution = policy.caution
+        pace = min(states, key=_work).pace
+        hop_s = states[0].view.hop_s
+        rooms_s, works_s, waiting = [], [], []
+        for request in self._waiting:
             work_s = pace.remaining_work_s(request)
+            alone_s = caution * pace.finish_s(work_s)
+            room_s = request.deadline_s - now_s - hop_s
+            if room_s < alone_s:
+                request.relegated = request.was_relegated = True
+                self._late.append(request)
+                continue
+            waiting.append(request)
             # The pool works on many at once, but each request by itself takes as long as on one instance.
-            alone_s = pace.finish_s(work_s) * (1 - 1 / count)
-            rooms_s.append(request.deadline_s - now_s - typical.view.hop_s - self._policy.caution * alone_s)
-            works_s.append(work_s / count)
-            scores.append(work_s * long_prompt_weight(request.request_id, fairness))
-        committed_s = sum(state.work_s for state in self._states) / count
-        factor = self._policy.caution * (pace.overhead_s + pace.capacity_s) / pace.capacity_s
-        dropped = moore_hodgson(rooms_s, works_s, lambda work_s: factor * work_s, committed_s, scores)
-        if not dropped:
-            return
-        newest_first = len(queue) - 1
-        gone = {newest_first - place for place in dropped}
-        for place in gone:
-            queue[place].relegated = queue[place].was_relegated = True
-        self._relegated += [queue[place] for place in gone]
-        self._relegated.sort(key=_arrival, reverse=True)
-        self._hopeful = [request for place, request in enumerate(queue) if place not in gone]
+            rooms_s.append(room_s - alone_s * (1 - 1 / count))
+            works_s.append(work_s)
+        self._waiting = waiting
+        committed_s = math.fsum(state.work_s for state in states)
+        speed = math.fsum(state.pace.capacity_s / state.pace.step_s for state in states) / caution
+        dropped = moore_hodgson(rooms_s, works_s, lambda work_s: work_s / speed, committed_s)
+        self._given_up = {id(waiting[place]) for place in dropped}
 
 
 def _work(state: WorkerState) -> float:
     return state.work_s
 
 
-def _arrival(request: SimRequest) -> float:
-    return request.arrival_s
+def _deadline(request: SimRequest) -> float:
+    return request.deadline_s

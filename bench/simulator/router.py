@@ -42,10 +42,10 @@ class WorkerState:
 
     @property
     def work_s(self) -> float:
-        """Prefill work queued there, in seconds."""
+        """Prefill work queued there, in seconds; not of relegated requests, which wait behind whatever comes."""
         if self._work_s is None:
             pace = self.pace
-            self._work_s = sum(pace.remaining_work_s(request) for request in self.view.queue)
+            self._work_s = sum(pace.remaining_work_s(request) for request in self.view.queue if not request.relegated)
         return self._work_s
 
     def ttft_s(self, request: QueuedRequest) -> float:
@@ -102,6 +102,14 @@ class HeadroomPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TbtBinPolicy:
+    """Keep requests of unlike TBT objectives apart: the tightest one on an instance bounds its steps for all."""
+
+    fill: float = 0.5
+    """Leave the like for the unlike when the first token is predicted later than this share of the TTFT objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterPolicy:
     """What a placing router does."""
 
@@ -112,7 +120,11 @@ class RouterPolicy:
     """As the workers', to predict them."""
     headroom: HeadroomPolicy | None = None
     """Replaces the placement."""
+    tbt_bins: TbtBinPolicy | None = None
+    """Replaces the placement."""
     offload: OffloadPolicy | None = None
+    rescue: bool = False
+    """Offload to LP and unified instances as well."""
     relegate_unsafe: bool = True
     """Relegate what the offload rule says that no instance can save."""
     tickets: TicketPolicy | None = None
@@ -152,7 +164,7 @@ class PlacingRouter:
         state.add(request)
         self._judged_s[request.request_id] = now_s
         self._cluster.send(request, state.index)
-        if self._policy.offload and self._high:
+        if self._policy.offload:
             self._judge(state, now_s)
         if self._ledger:
             self._draw(now_s)
@@ -161,7 +173,7 @@ class PlacingRouter:
         """Take in a report and see who should move."""
         state = self._states[index]
         state.take_in(report, now_s)
-        if self._policy.offload and self._high and state.view.role is Role.LOW and state.view.queue:
+        if self._policy.offload and state.view.role is not Role.HIGH and state.view.queue:
             self._judge(state, now_s)
         if self._ledger and state.view.role is Role.HIGH:
             self._draw(now_s)
@@ -185,6 +197,8 @@ class PlacingRouter:
             source.add(request)
 
     def _choose(self, request: SimRequest) -> WorkerState:
+        if self._policy.tbt_bins:
+            return self._by_tbt(request, self._policy.tbt_bins)
         if self._policy.headroom:
             return self._by_headroom(request, self._policy.headroom)
         key = str(request.prefix_hashes[0]) if request.prefix_hashes else ""
@@ -196,6 +210,20 @@ class PlacingRouter:
 
     def _ttft_s(self, view: InstanceView, request: QueuedRequest, budget: BudgetPolicy) -> float:
         return self._by_id[view.worker_id].ttft_s(request)
+
+    def _by_tbt(self, request: SimRequest, policy: TbtBinPolicy) -> WorkerState:
+        limit_s = policy.fill * request.slo.ttft_s
+        tbt_s = request.slo.tbt_s
+
+        def cost(state: WorkerState) -> tuple[bool, int, float]:
+            view = state.view
+            here_s = min([view.min_tbt_s or math.inf, *(queued.slo.tbt_s for queued in view.queue)])
+            unlike = 0 if here_s in (tbt_s, math.inf) else 1 if here_s < tbt_s else 2
+            ttft_s = state.ttft_s(request)
+            full = ttft_s > limit_s
+            return (full, 0 if full else unlike, ttft_s)
+
+        return min(self._low, key=cost)
 
     def _by_headroom(self, request: SimRequest, policy: HeadroomPolicy) -> WorkerState:
         if self._rng.random() < policy.explore:
@@ -246,9 +274,9 @@ class PlacingRouter:
                 request, estimate, candidates, now_s, step_s, policy, self._judged_s.get(request.request_id, -math.inf)
             )
             if decision.action is OffloadAction.OFFLOAD and decision.target is not None:
-                request.urgent = True
                 target = self._by_id[decision.target]
-                if self._ledger:
+                request.urgent = target.view.role is Role.HIGH
+                if self._ledger and request.urgent:
                     self._ledger.revoke(decision.target)
                 self._move(request, target)
             elif decision.action is OffloadAction.RELEGATE and self._policy.relegate_unsafe:
@@ -301,6 +329,14 @@ def _urgent_estimate(state: WorkerState, request: QueuedRequest) -> TtftEstimate
     # Withdrawal waits for the rest of a step at home; the new engine's step in progress comes first as well.
     hop_s = 3 * state.view.hop_s + 0.5 * state.step_s
     return TtftEstimate(hop_s + done_s, min(wait_s, done_s), done_s - min(wait_s, done_s), hop_s)
+
+
+def _peer_estimate(state: WorkerState, request: QueuedRequest) -> TtftEstimate:
+    """Predict a request behind everything that can make it on another LP or unified instance."""
+    hop_s = 3 * state.view.hop_s + 0.5 * state.step_s
+    done_s = state.pace.finish_s(state.work_s + state.pace.remaining_work_s(request))
+    wait_s = min(state.pace.finish_s(state.work_s), done_s) if state.work_s > 0 else 0.0
+    return TtftEstimate(hop_s + done_s, wait_s, done_s - wait_s, hop_s)
 
 
 def _room(entry: tuple[float, WorkerState]) -> float:

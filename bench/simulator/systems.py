@@ -12,6 +12,7 @@ from bench.simulator.router import (
     PlacingRouter,
     RebalancePolicy,
     RouterPolicy,
+    TbtBinPolicy,
     WorkerState,
 )
 from bench.workloads import WorkloadRequest
@@ -41,9 +42,12 @@ class System:
     hp_count: Callable[[int], int] | None = None
     """HP instances from the number of all; None: a unified pool."""
     offload: OffloadPolicy | None = None
+    rescue: bool = False
+    """Offload to any instance, not to HP alone."""
     tickets: TicketPolicy | None = None
     headroom: HeadroomPolicy | None = None
     rebalance: RebalancePolicy | None = None
+    tbt_bins: TbtBinPolicy | None = None
     pull: PullPolicy | None = None
     deadline_priority: bool = False
 
@@ -179,7 +183,9 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
             budget=budget,
             order=system.order or OrderPolicy(value_function="fcfs", relegation=NONE),
             headroom=system.headroom,
+            tbt_bins=system.tbt_bins,
             offload=system.offload,
+            rescue=system.rescue,
             relegate_unsafe=system.order is not None and system.order.relegation != NONE,
             tickets=system.tickets,
             rebalance=system.rebalance,
