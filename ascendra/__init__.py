@@ -34,6 +34,8 @@ from ascendra.types import (
     Usage,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AscendraError",
     "AsyncClient",
@@ -64,4 +66,5 @@ __all__ = [
     "TokenLogprob",
     "UnavailableError",
     "Usage",
+    "__version__",
 ]

@@ -1,7 +1,6 @@
 """`ascendra explain`, `role`, `drain` and `version`."""
 
 import argparse
-import importlib.metadata
 import json
 import platform
 
@@ -10,6 +9,7 @@ from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Table
 
+import ascendra
 from ascendra import wire
 from ascendra.cli.options import Commands, add_address, open_client
 from ascendra.cli.text import receipt_line
@@ -60,7 +60,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     console.print(f"request {response.request_id}: {response.state}", style="bold")
     console.print(_decision_table(response))
     if response.HasField("receipt"):
-        console.print(receipt_line(wire.receipt_from_wire(response.receipt)))
+        console.print(receipt_line(wire.receipt_from_wire(response.receipt)), soft_wrap=True)
     return 0
 
 
@@ -81,7 +81,7 @@ def run_drain(arguments: argparse.Namespace) -> int:
 
 def run_version(arguments: argparse.Namespace) -> int:
     """Print the version of the SDK and of what it stands on."""
-    print(f"ascendra {importlib.metadata.version('ascendra')}")
+    print(f"ascendra {ascendra.__version__}")
     print(f"grpc {grpc.__version__}, Python {platform.python_version()}")
     return 0
 

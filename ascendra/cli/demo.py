@@ -116,7 +116,7 @@ async def _show_stream(session: Session, console: Console, question: str) -> Non
         console.print(chunk.text, end="", markup=False, soft_wrap=True)
         if chunk.finished is not None:
             console.print()
-            console.print(receipt_line(chunk.finished.receipt), style="dim")
+            console.print(receipt_line(chunk.finished.receipt), style="dim", soft_wrap=True)
 
 
 def slo_table(outcomes: Sequence[Outcome]) -> Table:

@@ -22,6 +22,7 @@ _HEALTH: dict[int, tuple[str, str]] = {
     cluster_pb2.WORKER_HEALTH_TRIPPED: ("tripped", "red"),
     cluster_pb2.WORKER_HEALTH_DRAINING: ("draining", "yellow"),
 }
+_WIDE = 110
 _POOLS = {Role.LOW: "LP", Role.HIGH: "HP", Role.UNIFIED: "unified"}
 
 
@@ -41,22 +42,23 @@ def add_commands(commands: Commands) -> None:
 
 def run_status(arguments: argparse.Namespace) -> int:
     """Print the cluster once, or again and again until Ctrl-C."""
+    console = Console(highlight=False)
     with open_client(arguments) as client:
         if arguments.once:
             status = client.status()
             if arguments.json:
                 print(json.dumps(as_dict(status), indent=2))
             else:
-                Console(highlight=False).print(render(status))
+                console.print(render(status, console.width))
             return 0
         with contextlib.suppress(KeyboardInterrupt):
             if arguments.json:
                 for status in client.watch_status(arguments.interval_s):
                     print(json.dumps(as_dict(status)), flush=True)
             else:
-                with Live(auto_refresh=False, console=Console(highlight=False)) as live:
+                with Live(auto_refresh=False, console=console) as live:
                     for status in client.watch_status(arguments.interval_s):
-                        live.update(render(status), refresh=True)
+                        live.update(render(status, console.width), refresh=True)
     return 0
 
 
@@ -67,15 +69,15 @@ def as_dict(status: cluster_pb2.GetStatusResponse) -> dict[str, Any]:
     )
 
 
-def render(status: cluster_pb2.GetStatusResponse) -> Group:
-    """Return the status as tables."""
+def render(status: cluster_pb2.GetStatusResponse, width: int) -> Group:
+    """Return the status as tables; a narrow terminal, of `width` characters, is spared engine and policy."""
     predictor = "connected" if status.predictor_connected else "not connected"
     head = Text(
         f"router {status.router_id} {status.version} · up {_duration(status.uptime_s)} · "
         f"{status.live_requests} live requests · predictions by {status.prediction_policy or '?'}, "
         f"predictor {predictor}"
     )
-    parts: list[Text | Table] = [head, Text(), _workers(status)]
+    parts: list[Text | Table] = [head, Text(), _workers(status, wide=width >= _WIDE)]
     if status.attainment:
         parts += [Text(), _attainment(status)]
     if counters := {name: count for name, count in sorted(status.counters.items()) if count}:
@@ -83,13 +85,15 @@ def render(status: cluster_pb2.GetStatusResponse) -> Group:
     return Group(*parts)
 
 
-def _workers(status: cluster_pb2.GetStatusResponse) -> Table:
+def _workers(status: cluster_pb2.GetStatusResponse, *, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("worker", "pool", "health", "engine"):
+    for name in ("worker", "pool", "health"):
         table.add_column(name, no_wrap=True)
-    for name in ("waiting", "running", "queued tokens", "KV", "predicted TTFT", "tokens/s"):
+    for name in ("waiting", "running", "to prefill", "KV", "TTFT", "tok/s"):
         table.add_column(name, justify="right")
-    table.add_column("policy")
+    if wide:
+        table.add_column("engine", no_wrap=True)
+        table.add_column("policy", no_wrap=True)
     for worker in status.workers:
         health, style = _HEALTH.get(worker.health, ("?", "red"))
         role = wire.role_from_wire(worker.role)
@@ -97,14 +101,13 @@ def _workers(status: cluster_pb2.GetStatusResponse) -> Table:
             worker.worker_id or worker.address,
             _POOLS[role] if role else "?",
             Text(health, style=style),
-            worker.engine,
             str(worker.waiting),
             str(worker.running),
             str(worker.queued_prefill_tokens),
             f"{worker.kv_usage:.0%}",
             f"{worker.predicted_ttft_s * 1000:.0f} ms" if worker.predicted_ttft_s else "",
             f"{worker.tokens_per_s:.0f}",
-            worker.policy,
+            *((worker.engine, worker.policy) if wide else ()),
         )
     return table
 
@@ -112,7 +115,7 @@ def _workers(status: cluster_pb2.GetStatusResponse) -> Table:
 def _attainment(status: cluster_pb2.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"class, last {status.window_s:.0f} s", no_wrap=True)
-    for name in ("requests", "attained", "TTFT met", "TBT met", "TTFT p50", "TTFT p99", "gap p99"):
+    for name in ("requests", "met", "TTFT met", "TBT met", "TTFT p50", "p99", "gap p99"):
         table.add_column(name, justify="right")
     for row in status.attainment:
         table.add_row(

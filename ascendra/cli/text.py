@@ -54,7 +54,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
             return 0
         _, end = print_stream(client, prompt, options)
     if end is not None and not arguments.quiet:
-        Console(stderr=True, highlight=False).print(receipt_line(end.receipt, options["request_id"]), style="dim")
+        Console(stderr=True, highlight=False).print(receipt_line(end.receipt, options["request_id"]), style="dim", soft_wrap=True)
     return 0
 
 
@@ -123,7 +123,7 @@ def _answer(client: Client, console: Console, conversation: list[Message], optio
         console.print(f"error: {error}", style="red")
         return conversation[:-1]
     if end is not None:
-        console.print(receipt_line(end.receipt), style="dim")
+        console.print(receipt_line(end.receipt), style="dim", soft_wrap=True)
     return [*conversation, Message("assistant", text)]
 
 

@@ -1,5 +1,6 @@
 """The commands that talk to a router, over a real socket."""
 
+import importlib.metadata
 import io
 import json
 
@@ -138,4 +139,4 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """The SDK's version is printed."""
     assert main(["version"]) == 0
-    assert capsys.readouterr().out.startswith("ascendra ")
+    assert capsys.readouterr().out.startswith(f"ascendra {importlib.metadata.version('ascendra')}\n")
