@@ -121,6 +121,32 @@ class CalibrationPolicy:
     """How fast the level behind the stated 90% bound follows misses (adaptive conformal inference)."""
 
 
+class DriftAlarm:
+    """Demotes a model whose recent predictions leave their 90% bound too often; restores it when they keep it again."""
+
+    def __init__(self, what: str, policy: CalibrationPolicy | None = None) -> None:
+        self.policy = policy or CalibrationPolicy()
+        self.demoted = False
+        self.note = ""
+        """Why it is demoted; empty if it is not."""
+        self._what = what
+        self._recent_coverage = 0.9
+        self._judged = 0
+
+    def judge(self, covered: bool) -> None:
+        """Take in whether one prediction was within its bound."""
+        policy = self.policy
+        self._judged += 1
+        self._recent_coverage += (covered - self._recent_coverage) / policy.recent
+        if not self.demoted and self._judged >= policy.recent // 2 and self._recent_coverage < policy.demote_below:
+            self.demoted = True
+            share = f"{self._recent_coverage:.0%}"
+            self.note = f"demoted: {share} of recent {self._what} were within the stated 90% bound"
+        elif self.demoted and self._recent_coverage > policy.restore_above:
+            self.demoted = False
+            self.note = ""
+
+
 @dataclass(slots=True)
 class _Slice:
     """One load slice's outcomes."""
@@ -141,10 +167,7 @@ class Calibration:
             _Slice(deque(maxlen=self.policy.window), AccuracyWindow(self.policy.window)) for _ in SLICE_LIMITS_S
         ]
         self._priors = prior_slices()
-        self._recent_coverage = 0.9
-        self._judged = 0
-        self.demoted = False
-        self.note = ""
+        self._alarm = DriftAlarm("TTFTs", self.policy)
 
     def learn(self, queue_ahead_s: float, predicted_s: float, actual_s: float, stated_p90_s: float = 0.0) -> bool:
         """Judge a prediction by its outcome, then learn from it; False if the numbers cannot be.
@@ -163,24 +186,22 @@ class Calibration:
         own = self._slices[index]
         bound_s = stated_p90_s or predicted_s * self._summary(index).ratios[P90]
         covered = own.accuracy.judge(predicted_s, actual_s, bound_s)
-        self._alarm(covered)
+        self._alarm.judge(covered)
         step = self.policy.adapt
         own.level_p90 = min(max(own.level_p90 + step * ((not covered) - 0.1), 0.75), 0.99)
         own.ratios.append(actual_s / predicted_s)
         own.since_summary += 1
         return True
 
-    def _alarm(self, covered: bool) -> None:
-        """Demote when recent predictions leave their bound too often; restore when they keep it again."""
-        policy = self.policy
-        self._judged += 1
-        self._recent_coverage += (covered - self._recent_coverage) / policy.recent
-        if not self.demoted and self._judged >= policy.recent // 2 and self._recent_coverage < policy.demote_below:
-            self.demoted = True
-            self.note = f"demoted: {self._recent_coverage:.0%} of recent TTFTs were within the stated 90% bound"
-        elif self.demoted and self._recent_coverage > policy.restore_above:
-            self.demoted = False
-            self.note = ""
+    @property
+    def demoted(self) -> bool:
+        """Recent predictions left their stated bound too often."""
+        return self._alarm.demoted
+
+    @property
+    def note(self) -> str:
+        """Why it is demoted; empty if it is not."""
+        return self._alarm.note
 
     def slices(self) -> tuple[ResidualSlice, ...]:
         """Return the residual quantiles of every slice."""

@@ -1,0 +1,50 @@
+"""The predictor as a process."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import httpx
+import psutil
+
+from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
+from services.common.channels import open_channel
+
+LIMIT_S = 60.0
+
+
+async def test_starts_serves_and_stops_with_a_watcher_open() -> None:
+    """It says where it is, answers HTTP and gRPC in little memory, and SIGTERM ends it with status 0."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "services.predictor", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            assert process.stdout is not None
+            ready = json.loads(await process.stdout.readline())
+            assert (ready["event"], ready["service"]) == ("ready", "predictor")
+            async with open_channel(ready["address"]) as channel, httpx.AsyncClient() as http:
+                stub = predictor_pb2_grpc.PredictorServiceStub(channel)
+                watch = stub.WatchModels(predictor_pb2.WatchModelsRequest())
+                assert not (await anext(aiter(watch))).workers
+
+                steps = [common_pb2.StepTelemetry(step=i, prefill_tokens=100, step_s=0.02) for i in range(1, 100)]
+
+                async def messages() -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
+                    yield predictor_pb2.ReportTelemetryRequest(worker_id="w", steps=steps)
+
+                assert (await stub.ReportTelemetry(messages())).steps == len(steps)
+                assert (await http.get(f"http://{ready['http']}/health")).status_code == 200
+                text = (await http.get(f"http://{ready['http']}/metrics")).text
+                assert "ascendra_predictor_steps_total 99.0" in text
+                assert psutil.Process(process.pid).memory_info().rss < 250 << 20
+                process.send_signal(signal.SIGTERM)
+                assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
