@@ -1,6 +1,5 @@
 """The risk of missing objectives, for many requests on many instances at once."""
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from services.policy.calibration import LEVELS, P50, P90, SLICE_LIMITS_S, ResidualSlice, prior_slices
 from services.policy.prefill import PrefillPace, prefill_pace
-from services.policy.relegation import MOORE_HODGSON
+from services.policy.relegation import MOORE_HODGSON, NONE, late, moore_hodgson
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
 from services.policy.value_functions import HYBRID_ALPHA, value_function
@@ -148,37 +147,30 @@ def _ahead_s(
     if not len(residents):
         return np.full(len(work_s), in_progress_s)
     keys = _keys(value, _finish_s(pace, work_s), age_s, ttft_slo_s)
-    queue = residents[np.argsort(keys[residents], kind="stable")]
-    dropped = _given_up(queue, work_s, ttft_slo_s - age_s, pace, in_progress_s) if relegation != "none" else []
+    queue = residents[np.lexsort((-age_s[residents], keys[residents]))]
+    dropped = _given_up(relegation, queue, work_s, ttft_slo_s - age_s, pace, in_progress_s)
     kept = queue[~np.isin(queue, dropped)] if dropped else queue
     through_s = np.concatenate([[in_progress_s], in_progress_s + np.cumsum(work_s[kept])])
     ahead_s = through_s[np.searchsorted(keys[kept], keys, side="right")]
     ahead_s[kept] = through_s[:-1]
     if dropped:
-        late = np.array(sorted(dropped, key=lambda row: -age_s[row]))
-        ahead_s[late] = through_s[-1] + np.cumsum(work_s[late]) - work_s[late]
+        behind = np.array(sorted(dropped, key=lambda row: -age_s[row]))
+        ahead_s[behind] = through_s[-1] + np.cumsum(work_s[behind]) - work_s[behind]
     return ahead_s
 
 
-def _given_up(queue: Ints, work_s: Floats, left_s: Floats, pace: PrefillPace, ahead_s: float) -> list[int]:
-    """Return the rows that Moore-Hodgson gives up; a vector check settles the common case that everybody makes it."""
-    by_deadline = queue[np.argsort(left_s[queue], kind="stable")]
-    done_s = _finish_s(pace, ahead_s + np.cumsum(work_s[by_deadline]))
-    if not (done_s > left_s[by_deadline]).any():
+def _given_up(
+    relegation: str, queue: Ints, work_s: Floats, left_s: Floats, pace: PrefillPace, ahead_s: float
+) -> list[int]:
+    """Return the rows that the rule gives up; a vector check settles the common case that everybody makes it."""
+    if relegation == NONE:
         return []
-    kept: list[tuple[float, int]] = []
-    dropped = []
-    total_s = ahead_s
-    for row, row_work_s, row_left_s in zip(
-        by_deadline.tolist(), work_s[by_deadline].tolist(), left_s[by_deadline].tolist(), strict=True
-    ):
-        heapq.heappush(kept, (-row_work_s, row))
-        total_s += row_work_s
-        if pace.finish_s(total_s) > row_left_s:
-            longest_s, longest = heapq.heappop(kept)
-            total_s += longest_s
-            dropped.append(longest)
-    return dropped
+    if relegation == MOORE_HODGSON:
+        queue = queue[np.argsort(left_s[queue], kind="stable")]
+    if (_finish_s(pace, ahead_s + np.cumsum(work_s[queue])) <= left_s[queue]).all():
+        return []
+    choose = moore_hodgson if relegation == MOORE_HODGSON else late
+    return queue[choose(left_s[queue].tolist(), work_s[queue].tolist(), pace.finish_s, ahead_s)].tolist()  # type: ignore[no-any-return]
 
 
 def _keys(value: str, alone_s: Floats, age_s: Floats, ttft_slo_s: Floats) -> Floats:

@@ -83,5 +83,5 @@ class RoleController:
         return RoleDecision(self.hp_count, "unchanged")
 
     def _change(self, hp_count: int, now_s: float, reason: str) -> RoleDecision:
-        self.hp_count, self._changed_s, self._wants = hp_count, now_s, 0
+        self.hp_count, self._changed_s = hp_count, now_s
         return RoleDecision(hp_count, reason)

@@ -1,0 +1,100 @@
+"""Placement of new requests."""
+
+import pytest
+
+from services.policy.placement import PLACEMENTS, PlacementPolicy, PlacementState, place
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
+from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.token_budget import BudgetPolicy
+
+SLO = Slo(ttft_s=2.0, tbt_s=0.1)
+NEW = QueuedRequest(request_id="new", arrival_s=0.0, prompt_tokens=500, slo=SLO)
+
+
+def instance(name: str, queued: int = 0, role: Role = Role.LOW, **changes: object) -> InstanceView:
+    """Return an instance with so many 1,000-token prompts waiting."""
+    queue = [QueuedRequest(request_id=f"{name}-{i}", arrival_s=0.0, prompt_tokens=1000, slo=SLO) for i in range(queued)]
+    return InstanceView(worker_id=name, role=role, model=A100_LLAMA3_8B, queue=queue, **changes)  # type: ignore[arg-type]
+
+
+def chosen(name: str, views: list[InstanceView], state: PlacementState | None = None, key: str = "") -> str | None:
+    """Return the worker that a policy chooses."""
+    return place(NEW, views, PlacementPolicy(name=name), state or PlacementState(), BudgetPolicy(), key).worker_id
+
+
+def test_round_robin_takes_turns() -> None:
+    """Each in turn, whatever the load."""
+    state, views = PlacementState(), [instance("b", 5), instance("a")]
+    assert [chosen("round_robin", views, state) for _ in range(4)] == ["a", "b", "a", "b"]
+
+
+def test_least_requests_counts_and_least_work_weighs() -> None:
+    """One long prompt against two short ones: count and work disagree."""
+    long = instance("long")
+    long.queue = [QueuedRequest(request_id="l", arrival_s=0.0, prompt_tokens=8000, slo=SLO)]
+    short = instance("short", 2)
+    assert chosen("least_requests", [long, short]) == "long"
+    assert chosen("least_predicted_work", [long, short]) == "short"
+
+
+def test_decodes_and_relegated_work_are_weighed() -> None:
+    """Decodes slow the prefill; relegated requests are behind the newcomer and do not."""
+    busy = instance("busy", 2, decodes=100, decode_context_tokens=150_000, min_tbt_s=0.1)
+    assert chosen("least_predicted_work", [busy, instance("free", 2)]) == "free"
+    given_up = instance("given-up", 9)
+    for request in given_up.queue:
+        request.relegated = True
+    assert chosen("least_predicted_work", [given_up, instance("some", 1)]) == "given-up"
+
+
+def test_power_of_two_never_takes_the_worst_of_three_for_long() -> None:
+    """The most loaded of three is never the better of two."""
+    views, state = [instance("a"), instance("b", 1), instance("worst", 9)], PlacementState()
+    assert {chosen("power_of_two", views, state) for _ in range(50)} == {"a", "b"}
+
+
+def test_prefix_affinity_sticks_until_saturated() -> None:
+    """A session stays with its owner while the owner is not much later, then moves and stays."""
+    state = PlacementState()
+    assert chosen("prefix_affine", [instance("a"), instance("b", 1)], state, "s") == "a"
+    assert chosen("prefix_affine", [instance("a", 2), instance("b")], state, "s") == "a"
+    assert chosen("prefix_affine", [instance("a", 20), instance("b")], state, "s") == "b"
+    assert chosen("prefix_affine", [instance("a"), instance("b", 2)], state, "s") == "b"
+    assert chosen("prefix_affine", [instance("a")], state, "s") == "a"
+
+
+def test_owners_are_bounded() -> None:
+    """The least recently used prefix is forgotten."""
+    state = PlacementState()
+    policy = PlacementPolicy(name="prefix_affine", max_owners=2)
+    for key in ("x", "y", "x", "z"):
+        place(NEW, [instance("a")], policy, state, BudgetPolicy(), key)
+    assert list(state.owners) == ["x", "z"]
+
+
+@pytest.mark.parametrize("name", sorted(PLACEMENTS))
+def test_hp_draining_and_stale_instances_are_excluded_with_the_reason(name: str) -> None:
+    """Arrivals go to LP; HP only when there is nothing else; draining never; stale only alone."""
+    views = [
+        instance("lp", 9),
+        instance("hp", role=Role.HIGH),
+        instance("draining", draining=True),
+        instance("stale", report_age_s=5.0),
+    ]
+    placement = place(NEW, views, PlacementPolicy(name=name), PlacementState(), BudgetPolicy())
+    assert placement.worker_id == "lp"
+    assert {c.worker_id: bool(c.excluded) for c in placement.candidates} == {
+        "lp": False,
+        "hp": True,
+        "draining": True,
+        "stale": True,
+    }
+    assert chosen(name, [views[3]]) == "stale"
+    assert chosen(name, [views[1]]) == "hp"
+    assert chosen(name, [views[2]]) is None
+
+
+def test_unknown_policies_are_refused() -> None:
+    """The error lists the names there are."""
+    with pytest.raises(ValueError, match="round_robin"):
+        PlacementPolicy(name="dice")

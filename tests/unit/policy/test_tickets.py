@@ -1,0 +1,121 @@
+"""Tickets are leases, and never more of them live than an instance has."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
+from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket, ticket_room
+
+POLICY = TicketPolicy(leases=2, lease_s=0.2)
+
+
+def waiting(name: str = "r", tokens: int = 100, **flags: bool) -> QueuedRequest:
+    """Return a waiting request."""
+    return QueuedRequest(request_id=name, arrival_s=0, prompt_tokens=tokens, slo=Slo(ttft_s=1, tbt_s=0.1), **flags)
+
+
+def instance(name: str = "hp", **changes: object) -> InstanceView:
+    """Return an idle HP instance."""
+    return InstanceView(worker_id=name, role=Role.HIGH, model=A100_LLAMA3_8B, **changes)  # type: ignore[arg-type]
+
+
+def test_life_of_a_ticket() -> None:
+    """Issued, granted to the most backlogged, redeemed once."""
+    ledger = TicketLedger(POLICY)
+    issued = ledger.issue([instance()], 0.1, 0.0)
+    assert len(issued) == 2
+    granted = ledger.grant({"lp1": 0.5, "lp2": 2.0}, 1.0, 0.0)
+    assert [ticket.holder for ticket in granted] == ["lp2", "lp2"]
+    assert ledger.redeem(granted[0].ticket_id, 0.1)
+    assert not ledger.redeem(granted[0].ticket_id, 0.1)
+    assert ledger.live("hp", 0.1) == 1
+    assert not ledger.redeem(granted[1].ticket_id, 0.2)
+
+
+def test_tickets_spread_as_backlogs_fall() -> None:
+    """Each grant counts against the backlog at once, and nobody without backlog gets one."""
+    ledger = TicketLedger(TicketPolicy(leases=4))
+    ledger.issue([instance()], 0.1, 0.0)
+    granted = ledger.grant({"lp1": 1.5, "lp2": 1.0, "lp3": 0.0, "hp": 9.0}, 1.0, 0.0)
+    assert sorted(ticket.holder for ticket in granted) == ["lp1", "lp1", "lp2"]
+
+
+def test_urgent_arrival_revokes() -> None:
+    """An instance with urgent work issues none and loses those it had."""
+    ledger = TicketLedger(POLICY)
+    ledger.issue([instance()], 0.1, 0.0)
+    granted = ledger.grant({"lp": 5.0}, 0.1, 0.0)
+    assert ledger.issue([instance(queue=[waiting(urgent=True)])], 0.1, 0.0) == []
+    assert not ledger.redeem(granted[0].ticket_id, 0.01)
+
+
+def test_room_names_what_is_missing() -> None:
+    """Every admission condition closes the door by itself."""
+    closed = [
+        instance(draining=True),
+        instance(queue=[waiting(urgent=True)]),
+        instance(queue=[waiting(tokens=5000)]),
+        instance(decodes=255),
+        instance(kv_used_tokens=81, kv_capacity_tokens=100),
+        instance(decodes=200, decode_context_tokens=800_000),
+    ]
+    assert ticket_room(instance(), POLICY, 0.1) == ""
+    reasons = [ticket_room(view, POLICY, 0.1) for view in closed]
+    assert all(reasons)
+    assert len(set(reasons)) == len(closed)
+
+
+def test_the_first_request_out_of_reach_is_given() -> None:
+    """Not what the next step serves anyway, and nothing that has started or came here by ticket itself."""
+    queue = [waiting("next", 600), waiting("b", 10, started=True), waiting("c", 10, ticketed=True), waiting("given")]
+    chosen = choose_for_ticket(queue, 512)
+    assert chosen is not None
+    assert chosen.request_id == "given"
+    assert choose_for_ticket(queue[:1], 512) is None
+
+
+class Ledger(RuleBasedStateMachine):
+    """Any sequence of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = TicketLedger(POLICY)
+        self.now_s = 0.0
+        self.seen: list[int] = []
+        self.redeemed: set[int] = set()
+
+    @rule(seconds=st.floats(0, 0.3))
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds
+
+    @rule(urgent=st.booleans(), name=st.sampled_from(["hp1", "hp2"]))
+    def issue(self, urgent: bool, name: str) -> None:
+        """Issue what may be."""
+        view = instance(name, queue=[waiting(urgent=True)] if urgent else [])
+        self.seen += [ticket.ticket_id for ticket in self.ledger.issue([view], 0.1, self.now_s)]
+
+    @rule(backlog_s=st.floats(0, 3))
+    def grant(self, backlog_s: float) -> None:
+        """Grant to one instance."""
+        self.ledger.grant({"lp": backlog_s}, 0.5, self.now_s)
+
+    @rule(data=st.data())
+    def redeem(self, data: st.DataObject) -> None:
+        """Redeem some ticket, perhaps again."""
+        if self.seen:
+            ticket_id = data.draw(st.sampled_from(self.seen))
+            if self.ledger.redeem(ticket_id, self.now_s):
+                assert ticket_id not in self.redeemed
+                self.redeemed.add(ticket_id)
+
+    @invariant()
+    def never_more_than_leases(self) -> None:
+        """No instance has more live tickets than leases."""
+        assert all(self.ledger.live(name, self.now_s) <= POLICY.leases for name in ("hp1", "hp2"))
+
+
+TestLedger = Ledger.TestCase
+TestLedger.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
