@@ -46,10 +46,10 @@ class PrefillPace:
     """Work of one prefill token."""
     product_s: float
     """Work of one (prefill token x token of context before its chunk)."""
-    small_max_tokens: int = 0
-    """A lone step of at most this many prefill tokens is timed by the next two."""
+    small_work_s: float = 0.0
+    """At most this much work is one small step, which has an overhead and a time per work of its own."""
     small_overhead_s: float = 0.0
-    small_token_s: float = 0.0
+    small_ratio: float = 1.0
 
     @property
     def step_s(self) -> float:
@@ -67,8 +67,8 @@ class PrefillPace:
 
     def finish_s(self, work_s: float) -> float:
         """Return the seconds until this much work, packed into steps, is done."""
-        if work_s <= self.small_max_tokens * self.token_s:
-            return self.small_overhead_s + work_s * (self.small_token_s / self.token_s)
+        if work_s <= self.small_work_s:
+            return self.small_overhead_s + work_s * self.small_ratio
         return math.ceil(work_s / self.capacity_s) * self.overhead_s + work_s
 
     def alone_s(self, request: QueuedRequest) -> float:
@@ -89,9 +89,9 @@ def prefill_pace(model: StepTimeModel, load: DecodeLoad, policy: BudgetPolicy, t
         capacity_s=token_s * budget,
         token_s=token_s,
         product_s=max(full.a5, 0.0),
-        small_max_tokens=max(min(small.max_tokens or budget, budget) - load.decodes, 0),
+        small_work_s=token_s * max(min(small.max_tokens or budget, budget) - load.decodes, 0),
         small_overhead_s=_overhead_s(small, load),
-        small_token_s=max(small.prefill_token_s, 1e-9),
+        small_ratio=max(small.prefill_token_s, 1e-9) / token_s,
     )
 
 

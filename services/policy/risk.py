@@ -149,7 +149,9 @@ def _ahead_s(
     keys = _keys(value, _finish_s(pace, work_s), age_s, ttft_slo_s)
     queue = residents[np.lexsort((-age_s[residents], keys[residents]))]
     dropped = _given_up(relegation, queue, work_s, ttft_slo_s - age_s, pace, in_progress_s)
-    kept = queue[~np.isin(queue, dropped)] if dropped else queue
+    stays = np.ones(len(work_s), dtype=bool)
+    stays[dropped] = False
+    kept = queue[stays[queue]]
     through_s = np.concatenate([[in_progress_s], in_progress_s + np.cumsum(work_s[kept])])
     ahead_s = through_s[np.searchsorted(keys[kept], keys, side="right")]
     ahead_s[kept] = through_s[:-1]
@@ -200,8 +202,8 @@ def _work_s(pace: PrefillPace, tokens: Ints) -> Floats:
 
 def _finish_s(pace: PrefillPace, work_s: Floats) -> Floats:
     packed_s = np.ceil(work_s / pace.capacity_s) * pace.overhead_s + work_s
-    small_s = pace.small_overhead_s + work_s * (pace.small_token_s / pace.token_s)
-    return np.where(work_s <= pace.small_max_tokens * pace.token_s, small_s, packed_s)
+    small_s = pace.small_overhead_s + work_s * pace.small_ratio
+    return np.where(work_s <= pace.small_work_s, small_s, packed_s)
 
 
 def _tbt_s(instance: RiskInstance, pace: PrefillPace, tokens: Ints, tbt_slo_s: Floats, prefills_wait: bool) -> Floats:
