@@ -40,7 +40,7 @@ class WorkerConfig:
         "", "step-time model to start with: a profile's name or a JSON file; the emulated engine's step times"
     )
     jitter_sigma: float = option(0.0, "standard deviation of log(step time) (emulated engine)")
-    value_function: str = option("llf", "order of waiting requests: fcfs, edf, llf, sjf, hybrid or hrrn")
+    value_function: str = option("edf", "order of waiting requests: fcfs, edf, llf, sjf, hybrid or hrrn")
     token_budget: Literal["static", "dynamic"] = option("dynamic", "how the tokens of a step are limited")
     static_budget_tokens: int = option(2048, "tokens of a step under the static budget")
     relegation: Literal["none", "late", "moore_hodgson"] = option("moore_hodgson", "whom to give up in overload")

@@ -11,7 +11,7 @@ class PolicySettings:
     """Role and policies of the in-engine scheduler; see services/policy."""
 
     role: str = "unified"
-    value_function: str = "llf"
+    value_function: str = "edf"
     token_budget: str = "dynamic"
     static_budget_tokens: int = 512
     relegation: str = "moore_hodgson"

@@ -40,7 +40,7 @@ async def test_welcome_describes_the_worker(fleet: WorkerFleet) -> None:
     assert (welcome.model, welcome.engine, welcome.max_model_len) == ("tiny", "cpu", 1024)
     assert (welcome.vocab_size, welcome.max_num_seqs, welcome.max_num_batched_tokens) == (512, 16, 256)
     assert welcome.kv_capacity_tokens > 1024
-    assert welcome.policy.value_function == "llf"
+    assert welcome.policy.value_function == "edf"
     assert welcome.step_time_model.bins
 
 

@@ -112,6 +112,20 @@ async def test_hopeless_requests_are_relegated_and_reported(fleet: WorkerFleet) 
         assert hopeless.times_s[0] >= max(stream.times_s[0] for stream in later)
 
 
+async def test_an_urgent_request_overtakes_a_long_prefill(fleet: WorkerFleet) -> None:
+    """A short request with a near deadline is served while a long, lazy prompt waits half prefilled, then goes on."""
+    async with AttachClient(fleet.address("emulated")) as client:
+        ids = prompt(7000)
+        long = client.submit(ids, max_tokens=4, ttft_ms=60_000)
+        await client.until(lambda: long.started)
+        short = client.submit(prompt(200), max_tokens=4, ttft_ms=1000)
+        await finish(long, short)
+        paused = [step for step in client.telemetry if step.prefill_tokens == 200 and step.queued_prefill_tokens > 1000]
+        assert short.times_s[0] < long.times_s[0]
+        assert paused
+        assert (await client.submit(ids, max_tokens=4).finish()).token_ids == long.token_ids
+
+
 async def test_reprioritise_moves_a_request_behind_the_others(fleet: WorkerFleet) -> None:
     """A router may relegate a waiting request and reinstate it."""
     async with AttachClient(fleet.address("emulated-slots")) as client:

@@ -36,6 +36,8 @@ class StepPlan:
     """Most tokens of the step, decodes included."""
     admissions: int
     """Most waiting requests that may become resident."""
+    paused: list[QueuedRequest]
+    """Partly prefilled requests that sit this step out with their KV blocks."""
 
 
 class StepPlanner:
@@ -89,26 +91,38 @@ class StepPlanner:
         return self._budget.static_tokens
 
     def plan(
-        self, now_s: float, queue: Sequence[QueuedRequest], decodes: Sequence[DecodeState], *, in_flight: bool
+        self,
+        now_s: float,
+        prefills: Sequence[QueuedRequest],
+        waiting: Sequence[QueuedRequest],
+        decodes: Sequence[DecodeState],
+        *,
+        in_flight: bool = False,
+        may_pause: bool = True,
     ) -> StepPlan:
         """Plan the next step.
 
         Args:
-            queue: requests whose prefill is not complete.
+            prefills: resident requests whose prefill is not complete.
+            waiting: requests that are not resident, preempted ones among them.
             in_flight: a step is still running; this one starts when its tokens are out.
+            may_pause: outranked prefills may sit the step out.
         """
         load = DecodeLoad(len(decodes), sum(decode.context_tokens for decode in decodes))
         tightest_s = min((decode.tbt_slo_s for decode in decodes), default=math.inf)
         gaps = ((decode.last_token_s, decode.tbt_slo_s) for decode in decodes)
         bound_s = tightest_s if in_flight else step_bound_s(gaps, now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
-        order = order_waiting(queue, now_s, pace, self._order, self.role, self._turns.credit_s)
+        order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
         chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
+        admissions = self._admissions(prefills, waiting, load, tightest_s)
+        pausing = may_pause and self._order.pause_started
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
-            admissions=self._admissions(queue, load, tightest_s),
+            admissions=admissions,
+            paused=_outranked(order.ordered, prefills, prefill, admissions) if pausing else [],
         )
 
     def learn(self, shape: StepShape, step_s: float) -> None:
@@ -116,20 +130,43 @@ class StepPlanner:
         self._fit.observe(shape, step_s)
         self._turns.earn(step_s)
 
-    def started_ahead_of_place(self, request: QueuedRequest) -> None:
-        """Charge a promoted relegated request that has just been started."""
+    def charge_promoted(self, tokens: int, computed_tokens: int) -> None:
+        """Charge a chunk of a relegated request that was placed ahead of the others."""
         pace = prefill_pace(self.model, DecodeLoad(), self._budget)
-        self._turns.spend(pace.remaining_work_s(request))
+        self._turns.spend(pace.work_s(tokens, computed_tokens))
 
-    def _admissions(self, queue: Sequence[QueuedRequest], load: DecodeLoad, tightest_s: float) -> int:
-        prefilling = sum(request.started for request in queue)
-        resident = load.decodes + prefilling
+    def _admissions(
+        self, prefills: Sequence[QueuedRequest], waiting: Sequence[QueuedRequest], load: DecodeLoad, tightest_s: float
+    ) -> int:
+        resident = load.decodes + len(prefills)
         if self.role is not Role.HIGH:
             return max(self._max_num_seqs - resident, 0)
-        waiting_tbt_s = min((request.slo.tbt_s for request in queue if request.slo.tbt_s > 0), default=math.inf)
+        waiting_tbt_s = min((request.slo.tbt_s for request in (*prefills, *waiting)), default=math.inf)
         tbt_s = min(tightest_s, waiting_tbt_s)
         if tbt_s == math.inf:
             return max(self._max_num_seqs - resident, 0)
-        tokens = load.context_tokens + sum(request.prompt_tokens for request in queue if request.started)
+        tokens = load.context_tokens + sum(request.prompt_tokens for request in prefills)
         mean_context = tokens / resident if resident else 0.0
         return max(decode_cap(self.model, tbt_s, mean_context, self._max_num_seqs) - resident, 0)
+
+
+def _outranked(
+    ordered: Sequence[QueuedRequest], prefills: Sequence[QueuedRequest], prefill_tokens: int, admissions: int
+) -> list[QueuedRequest]:
+    """Return the resident prefills behind a waiting request that may start, unless the step has room for all to there.
+
+    vLLM serves resident requests before waiting ones, and one that runs at all takes what it can.
+    """
+    if not prefills or not admissions:
+        return []
+    resident = set(map(id, prefills))
+    paused = []
+    left = prefill_tokens
+    outranked = False
+    for request in ordered:
+        left -= request.remaining_tokens
+        if id(request) not in resident:
+            outranked = True
+        elif outranked and left < 0:
+            paused.append(request)
+    return paused

@@ -5,7 +5,6 @@ Overrides `__init__`, `schedule` and `update_from_output` only, and touches only
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,9 @@ install_control()
 
 _NEVER_S = 1e9
 """Objective of a request that states none."""
+
+
+_PAUSE_BELOW_KV_USAGE = 0.9
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class PolicyScheduler:
         self._last_token_s: dict[str, float] = {}
         self._in_flight: dict[int, _Step] = {}
         self._steps = 0
+        self._pause_allowed = True
         self._step_ended_s = 0.0
         self._preemptions: dict[str, int] = {}
 
@@ -83,6 +86,7 @@ class PolicyScheduler:
         scheduler: Any = self
         now_s = time.monotonic()
         withheld: list[Request] = []
+        paused: list[Request] = []
         relegated: list[str] = []
         plan: StepPlan | None = None
         if self.planner.is_stock:
@@ -90,10 +94,12 @@ class PolicyScheduler:
         else:
             plan = self._plan(now_s)
             relegated = self._relegate(plan)
-            withheld = self._arrange(plan)
+            withheld, paused = self._arrange(plan)
             scheduler.max_num_scheduled_tokens = plan.token_budget
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         scheduler.waiting.extend(withheld)
+        scheduler.running.extend(paused)
+        self._pause_allowed = not paused or len(output.scheduled_new_reqs) > 0
         self._note_step(output, now_s, plan, relegated)
         return output
 
@@ -116,14 +122,15 @@ class PolicyScheduler:
 
     def _plan(self, now_s: float) -> StepPlan:
         scheduler: Any = self
-        queue = []
+        prefills = []
+        waiting = []
         decodes = []
         for request in scheduler.running:
             if request.is_prefill_chunk:
                 queued = self.queued(request)
                 queued.started = True
                 queued.computed_tokens = request.num_computed_tokens
-                queue.append(queued)
+                prefills.append(queued)
             else:
                 standing = self.standing(request)
                 last_token_s = self._last_token_s.get(request.request_id) or standing.get("last_token_s") or now_s
@@ -135,8 +142,12 @@ class PolicyScheduler:
                 queued.started = True
                 queued.computed_tokens = 0
                 queued.prompt_tokens = request.num_tokens
-            queue.append(queued)
-        return self.planner.plan(now_s, queue, decodes, in_flight=bool(self._in_flight))
+            waiting.append(queued)
+        # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
+        may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < _PAUSE_BELOW_KV_USAGE
+        return self.planner.plan(
+            now_s, prefills, waiting, decodes, in_flight=bool(self._in_flight), may_pause=may_pause
+        )
 
     def _relegate(self, plan: StepPlan) -> list[str]:
         """Mark whom the policy gave up; return their ids as the front end knows them."""
@@ -144,15 +155,16 @@ class PolicyScheduler:
             return []
         given_up = set(plan.order.newly_relegated)
         relegated = []
-        for request in self._waiting():
+        scheduler: Any = self
+        for request in (*scheduler.waiting, *(other for other in scheduler.running if other.is_prefill_chunk)):
             queued = self.queued(request)
             if queued.request_id in given_up and not queued.relegated:
                 queued.relegated = True
                 relegated.append(self.standing(request).get("request_id", ""))
         return relegated
 
-    def _arrange(self, plan: StepPlan) -> list[Request]:
-        """Put the lists into the order of the plan; return the waiting requests that must not start in this step."""
+    def _arrange(self, plan: StepPlan) -> tuple[list[Request], list[Request]]:
+        """Put the lists into the order of the plan; return the waiting and the resident requests taken out of it."""
         scheduler: Any = self
         rank = {id(queued): index for index, queued in enumerate(plan.order.ordered)}
 
@@ -162,11 +174,14 @@ class PolicyScheduler:
         # vLLM serves `running` in list order and preempts from its end: decodes first, then prefills as ordered.
         decodes = [request for request in scheduler.running if not request.is_prefill_chunk]
         prefills = [request for request in scheduler.running if request.is_prefill_chunk]
-        scheduler.running[:] = decodes + sorted(prefills, key=place)
+        out = set(map(id, plan.paused))
+        paused = [request for request in prefills if id(self.queued(request)) in out]
+        active = [request for request in prefills if id(self.queued(request)) not in out]
+        scheduler.running[:] = decodes + sorted(active, key=place)
         ordered = sorted(scheduler.waiting, key=place)
         scheduler.waiting.clear()
         scheduler.waiting.extend(ordered[: plan.admissions])
-        return ordered[plan.admissions :]
+        return ordered[plan.admissions :], paused
 
     def _note_step(self, output: Any, now_s: float, plan: StepPlan | None, relegated: list[str]) -> None:
         scheduler: Any = self
@@ -177,8 +192,8 @@ class PolicyScheduler:
             if not queued.started:
                 queued.started = True
                 started.append(self.standing(request).get("request_id", ""))
-                if plan is not None and queued.request_id in plan.order.promoted:
-                    self.planner.started_ahead_of_place(queued)
+        if plan is not None and plan.order.promoted:
+            self._charge_promoted(output, plan.order.promoted)
         if started or relegated:
             self._reports.send(StepReport(started=started, relegated=relegated))
         if output.total_num_scheduled_tokens:
@@ -189,6 +204,14 @@ class PolicyScheduler:
                 token_budget=scheduler.max_num_scheduled_tokens,
                 preempted=self._preempted(),
             )
+
+    def _charge_promoted(self, output: Any, promoted: list[str]) -> None:
+        scheduler: Any = self
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            queued = self._queued.get(request_id)
+            if queued is not None and queued.request_id in promoted:
+                before = scheduler.requests[request_id].num_computed_tokens - tokens
+                self.planner.charge_promoted(tokens, before)
 
     def _shape(self, output: Any) -> StepShape:
         scheduler: Any = self
@@ -205,8 +228,9 @@ class PolicyScheduler:
         return StepShape(prefill, decodes, context, products)
 
     def _preempted(self) -> list[str]:
+        scheduler: Any = self
         found = []
-        for request in self._waiting():
+        for request in scheduler.waiting:
             if request.num_preemptions > self._preemptions.get(request.request_id, 0):
                 self._preemptions[request.request_id] = request.num_preemptions
                 found.append(self.standing(request).get("request_id", ""))
@@ -234,10 +258,6 @@ class PolicyScheduler:
             kv_usage=scheduler.kv_cache_manager.usage,
             preempted=len(step.preempted),
         )
-
-    def _waiting(self) -> Iterable[Request]:
-        scheduler: Any = self
-        return list(scheduler.waiting)
 
     def _forget(self, request_id: str) -> None:
         for table in (self._queued, self._last_token_s, self._preemptions):

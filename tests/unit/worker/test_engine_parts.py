@@ -1,0 +1,76 @@
+"""Parts of the engine core that need vLLM's modules but no engine."""
+
+import pytest
+
+from services.worker.engine.core.compatibility import scheduler_mismatches
+
+pytestmark = pytest.mark.engine
+
+
+class OldScheduler:
+    """A scheduler whose interface is another."""
+
+    def __init__(self) -> None:
+        self.waiting = self.running = self.requests = None
+
+    def schedule(self, throttle: bool) -> None:
+        """Require what ours does not pass."""
+
+    def update_from_output(self, model_runner_output: object) -> None:
+        """Lack a parameter."""
+
+    def add_request(self, request: object) -> None:
+        """Fit."""
+
+
+def test_the_installed_scheduler_is_the_one_we_extend() -> None:
+    """vLLM's scheduler has the methods, parameters and attributes that our mixin relies on."""
+    assert scheduler_mismatches() == []
+
+
+def test_another_scheduler_is_recognised() -> None:
+    """Every difference is named, so that the worker can fall back to stock priorities and say why."""
+    found = "\n".join(scheduler_mismatches(OldScheduler))
+    for name in (
+        "schedule requires ['throttle']",
+        "update_from_output takes",
+        "finish_requests is missing",
+        "max_num_scheduled_tokens",
+    ):
+        assert name in found
+
+
+def test_emulated_tokens_are_a_function_of_the_history() -> None:
+    """Extending a history token by token and starting from the extended one give the same next tokens."""
+    from services.worker.engine.core.emulated import FIRST_ORDINARY_TOKEN, TokenHistory
+
+    history = TokenHistory([5, 6, 7])
+    generated = [history.next_token(1000) for _ in range(50)]
+    for cut in (1, 17, 49):
+        resumed = TokenHistory([5, 6, 7, *generated[:cut]])
+        assert [resumed.next_token(1000) for _ in range(50 - cut)] == generated[cut:]
+    assert TokenHistory([5, 7, 6]).next_token(1000) != TokenHistory([5, 6, 7]).next_token(1000)
+    assert all(FIRST_ORDINARY_TOKEN <= token < 1000 for token in generated)
+    assert len(set(generated)) > 40
+
+
+def test_emulated_steps_make_up_for_lost_time() -> None:
+    """Steps back to back end on time although waking up and scheduling take time; a new burst starts afresh."""
+    from services.worker.engine.core.emulated import StepClock
+
+    clock = StepClock()
+    assert clock.sleep_for(0.010, 100.0, continues=False) == pytest.approx(0.010)
+    assert clock.sleep_for(0.010, 100.013, continues=True) == pytest.approx(0.007)
+    assert clock.sleep_for(0.010, 100.022, continues=True) == pytest.approx(0.008)
+    assert clock.sleep_for(0.010, 101.000, continues=False) == pytest.approx(0.010)
+    assert clock.sleep_for(0.010, 102.000, continues=True) == 0.0
+
+
+def test_noise_is_keyed_by_seed_and_position() -> None:
+    """Neighbouring seeds and positions give unrelated generator seeds within torch's range."""
+    from services.worker.engine.core.sampling import noise_seed
+
+    seeds = {noise_seed(seed, position) for seed in range(50) for position in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert noise_seed(2**63 - 1, 10) == noise_seed(2**63 - 1, 10)
