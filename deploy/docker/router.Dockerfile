@@ -1,0 +1,30 @@
+# syntax=docker/dockerfile:1
+# The router: no torch, no vLLM. Build from the repository root: docker build -f deploy/docker/router.Dockerfile .
+FROM python:3.11-slim AS build
+RUN pip install --no-cache-dir "uv==0.13.8"
+WORKDIR /build
+COPY pyproject.toml ./
+COPY requirements requirements
+# Only what the project depends on: the sources come later, so that editing them keeps this layer.
+RUN python -m venv /venv --without-pip \
+    && uv pip install --no-cache --compile-bytecode --python /venv/bin/python \
+       --constraints requirements/constraints.txt -r pyproject.toml --extra router
+
+FROM python:3.11-slim
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin ascendra
+COPY --from=build /venv /venv
+WORKDIR /app
+COPY ascendra ascendra
+COPY services/__init__.py services/__init__.py
+COPY services/common services/common
+COPY services/policy services/policy
+COPY services/router services/router
+COPY deploy/config/router.yaml /etc/ascendra/router.yaml
+USER 10001
+ENV ASCENDRA_LISTEN=0.0.0.0:7100 ASCENDRA_METRICS_LISTEN=0.0.0.0:7190
+EXPOSE 7100 7190
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --start-interval=1s \
+    CMD ["python", "-m", "services.common.health_probe", "127.0.0.1:7100"]
+ENTRYPOINT ["python", "-m", "services.router"]
+CMD ["--config", "/etc/ascendra/router.yaml"]
