@@ -1,0 +1,73 @@
+"""An HTTP server on the service's own loop."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+class HttpServer:
+    """A running server."""
+
+    def __init__(self, server: uvicorn.Server, task: "asyncio.Task[None]", address: str) -> None:
+        self._server = server
+        self._task = task
+        self.address = address
+
+    def refuse_connections(self) -> None:
+        """Close the port; connections in use stay."""
+        for listener in self._server.servers:
+            listener.close()
+
+    async def stop(self) -> None:
+        """Close idle connections, give those in use a second to end, and stop."""
+        self._server.should_exit = True
+        await self._task
+
+
+async def start_http_server(
+    listen: str, app: ASGIApp, *, reuse_port: bool = False, keep_alive_s: int = 30
+) -> HttpServer:
+    """Serve on host:port (port 0 picks one). Raises OSError when the port cannot be had."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listener.bind((host, int(port)))
+    except OSError:
+        listener.close()
+        raise
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="http-server")
+    while not server.started:
+        if task.done():
+            task.result()  # raises why it could not start
+            raise RuntimeError(f"cannot serve HTTP on {listen}")
+        await asyncio.sleep(0.005)
+    return HttpServer(server, task, f"{listen.rpartition(':')[0]}:{listener.getsockname()[1]}")
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the service, not to uvicorn."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

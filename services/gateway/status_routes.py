@@ -1,0 +1,74 @@
+"""/health, /live, /version, /metrics, and the console."""
+
+from importlib import metadata
+from pathlib import Path
+
+from prometheus_client import REGISTRY, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from services.gateway import metrics
+from services.gateway.cluster_view import Snapshot, as_plain
+from services.gateway.gateway import Gateway
+from services.gateway.model_routes import as_json
+
+CONSOLE = Path(__file__).with_name("console.html")
+
+
+def status_routes(gateway: Gateway) -> list[Route]:
+    """Return the routes."""
+    version = metadata.version("ascendra")
+
+    async def health(_: Request) -> Response:
+        if gateway.draining:
+            return PlainTextResponse("draining\n", status_code=503)
+        snapshot = await gateway.view.snapshot()
+        if not snapshot.reachable:
+            return PlainTextResponse("no router answers\n", status_code=503)
+        return PlainTextResponse("ok\n") if snapshot.ready else PlainTextResponse("no worker is ready\n", 503)
+
+    async def live(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def show_version(_: Request) -> Response:
+        return as_json({"version": version})
+
+    async def show_metrics(_: Request) -> Response:
+        _set_cluster_metrics(await gateway.view.snapshot())
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    async def console(_: Request) -> Response:
+        policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+        return FileResponse(CONSOLE, media_type="text/html", headers={"content-security-policy": policy})
+
+    async def console_status(request: Request) -> Response:
+        gateway.keys.tenant_of(request.headers)
+        target = gateway.config.attainment_target
+        return as_json({"attainment_target": target, **(await gateway.view.snapshot()).as_json()})
+
+    async def console_explain(request: Request) -> Response:
+        gateway.keys.tenant_of(request.headers)
+        explanation = await gateway.routers.any.explain(request.path_params["request_id"])
+        return as_json(as_plain(explanation))
+
+    return [
+        *(Route(path, health) for path in ("/health", "/healthz", "/readyz")),
+        *(Route(path, live) for path in ("/live", "/livez")),
+        Route("/version", show_version),
+        Route("/metrics", show_metrics),
+        Route("/", console),
+        Route("/console/status", console_status),
+        Route("/console/explain/{request_id}", console_explain),
+    ]
+
+
+def _set_cluster_metrics(snapshot: Snapshot) -> None:
+    metrics.RUNNING.clear()
+    metrics.WAITING.clear()
+    for model, (running, waiting) in snapshot.load_by_model().items():
+        metrics.RUNNING.labels(model).set(running)
+        metrics.WAITING.labels(model).set(waiting)
+    for router in snapshot.routers:
+        metrics.ROUTER_UP.labels(router.address).set(router.status is not None)
