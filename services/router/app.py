@@ -1,0 +1,179 @@
+"""Puts the router together, runs it, drains it."""
+
+import asyncio
+import gc
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import grpc.aio
+
+from ascendra.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from services.common.grpc_server import GrpcServer, start_grpc_server
+from services.common.http_status import HttpStatus, start_http_status
+from services.common.lifecycle import announce_ready
+from services.common.logging import get_logger
+from services.router import metrics
+from services.router.cluster_servicer import ClusterServicer
+from services.router.config import RouterConfig
+from services.router.decision_log import DecisionLog
+from services.router.discovery import WorkerPool
+from services.router.dispatcher import Dispatcher
+from services.router.prediction import Predictions, token_load_model
+from services.router.rebalancer import Rebalancer
+from services.router.servicer import InferenceServicer
+from services.router.text import TextCodec
+from services.router.validation import Limits
+from services.router.worker_link import LinkSettings, WorkerLink
+
+log = get_logger()
+
+_MONITOR_S = 0.05
+_MODELS_PUBLISHED_S = 1.0
+_CLOSE_S = 2.0
+
+
+class Router:
+    """A router process."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Load the tokenizer and wire everything up; nothing runs yet. Raises FileNotFoundError."""
+        self.config = config
+        self.router_id = config.router_id or f"router-{socket.gethostname()}-{os.getpid()}"
+        self.codec = TextCodec(Path(config.model), threads=config.encode_threads, queue=config.encode_queue)
+        self.model_name = config.model_name or Path(config.model).resolve().name
+        self.predictions = Predictions(config.predictor, self.router_id, config.prediction_max_age_s)
+        self.decision_log = DecisionLog(config.decision_log)
+        self.pool = WorkerPool(
+            self._make_link,
+            static=config.workers,
+            dns_name=config.worker_dns,
+            dns_interval_s=config.worker_dns_interval_s,
+        )
+        self.dispatcher = Dispatcher(config, self.predictions, self.decision_log, self.pool.links)
+        self.rebalancer = Rebalancer(self.dispatcher)
+        self.closing = asyncio.Event()
+        self.started = asyncio.Event()
+        self.address = ""
+        """Where clients reach it, once started."""
+        metrics.WORKERS.rows = self._worker_rows
+
+    def limits(self) -> Limits:
+        """Return what the served model allows, by what its workers say."""
+        attached = [link.known for link in self.pool.links() if link.attached]
+        return Limits(
+            model_name=self.model_name,
+            max_model_len=min((known.max_model_len for known in attached), default=self.codec.max_model_len),
+            vocab_size=min((known.vocab_size for known in attached), default=self.codec.vocab_size),
+            max_text_bytes=self.config.max_text_bytes,
+            default_max_tokens=self.config.default_max_tokens,
+        )
+
+    def is_ready(self) -> bool:
+        """Return whether requests are taken: some worker is attached and the router does not drain."""
+        return self.dispatcher.admitting and any(link.attached for link in self.pool.links())
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Serve until `stop` is set, then drain; returns the exit status."""
+        server = await start_grpc_server(
+            self.config.listen, self._register, reuse_port=self.config.reuse_port, serving=False
+        )
+        http = await self._start_http()
+        gc.collect()
+        gc.freeze()
+        background = asyncio.create_task(self._background(server), name="background")
+        self.address = server.address
+        self.started.set()
+        http_address = http.address if http is not None else ""
+        announce_ready("router", address=server.address, http=http_address, router_id=self.router_id)
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([stopped, background], return_when=asyncio.FIRST_COMPLETED)
+            if background.done():
+                background.result()  # raises what broke it
+            await self._drain(server)
+        finally:
+            stopped.cancel()
+            await self._close(server, http, background)
+        return 0
+
+    def _register(self, server: grpc.aio.Server) -> Sequence[str]:
+        inference = InferenceServicer(self.config, self.codec, self.dispatcher, self.limits, self.closing)
+        cluster = ClusterServicer(self.router_id, self.pool, self.dispatcher, self.closing)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
+        return ["ascendra.v1.InferenceService", "ascendra.v1.ClusterService"]
+
+    async def _start_http(self) -> HttpStatus | None:
+        listen = self.config.metrics_listen
+        return await start_http_status(listen, self.is_ready) if listen else None
+
+    def _make_link(self, address: str) -> WorkerLink:
+        config = self.config
+        settings = LinkSettings(
+            router_id=self.router_id,
+            model_name=self.model_name,
+            silence_heartbeats=config.silence_heartbeats,
+            stall_s=config.stall_s,
+            cancel_timeout_s=config.cancel_timeout_s,
+            breaker_failures=config.breaker_failures,
+            breaker_open_s=config.breaker_open_s,
+        )
+        return WorkerLink(address, settings, token_load_model(), self.dispatcher)
+
+    async def _background(self, server: GrpcServer) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.pool.run())
+            tasks.create_task(self.predictions.run())
+            tasks.create_task(self.rebalancer.run())
+            tasks.create_task(self._monitor(server))
+
+    async def _monitor(self, server: GrpcServer) -> None:
+        """Publish readiness as it changes, and how late the loop runs."""
+        published = False
+        largest_lag_s, window_s = 0.0, time.monotonic()
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(_MONITOR_S)
+            now_s = time.monotonic()
+            largest_lag_s = max(largest_lag_s, now_s - before_s - _MONITOR_S)
+            if self.is_ready() != published:
+                published = not published
+                await server.set_serving(published)
+            if now_s - window_s >= _MODELS_PUBLISHED_S:
+                metrics.LOOP_LAG.set(largest_lag_s)
+                largest_lag_s, window_s = 0.0, now_s
+                self.predictions.policy([link.worker_id for link in self.pool.links() if link.attached], now_s)
+
+    async def _drain(self, server: GrpcServer) -> None:
+        log.info("draining", live=len(self.dispatcher.live), timeout_s=self.config.drain_timeout_s)
+        await server.set_serving(False)
+        await asyncio.sleep(self.config.settle_s)
+        self.dispatcher.admitting = False
+        try:
+            async with asyncio.timeout(self.config.drain_timeout_s):
+                await self.dispatcher.idle()
+        except TimeoutError:
+            self.dispatcher.fail_all("the router stops")
+        self.closing.set()
+
+    async def _close(self, server: GrpcServer, http: HttpStatus | None, background: "asyncio.Task[None]") -> None:
+        self.closing.set()
+        await server.stop(_CLOSE_S)
+        background.cancel()
+        await asyncio.gather(background, return_exceptions=True)
+        if http is not None:
+            await http.stop()
+        self.codec.close()
+        await asyncio.to_thread(self.decision_log.close)
+        log.info("stopped")
+
+    def _worker_rows(self) -> Iterable[metrics.WorkerRow]:
+        now_s = time.monotonic()
+        for link in self.pool.links():
+            if link.attached:
+                instance = link.instance
+                age_s = now_s - instance.last_message_s
+                yield link.worker_id, len(instance.queue), age_s, instance.round_trip_s

@@ -1,0 +1,109 @@
+"""The router's configuration."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from services.common.config import option
+from services.policy.admission import AdmissionPolicy
+from services.policy.offload import OffloadPolicy
+from services.policy.placement import PLACEMENTS
+from services.policy.tickets import TicketPolicy
+from services.policy.token_budget import BudgetPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloClass:
+    """Objectives of requests that name none, and the limits within which a request may choose its own."""
+
+    ttft_ms: float = 2000.0
+    tbt_ms: float = 100.0
+    min_ttft_ms: float = 50.0
+    max_ttft_ms: float = 600_000.0
+    min_tbt_ms: float = 5.0
+    max_tbt_ms: float = 60_000.0
+    on_overload: Literal["relegate", "refuse"] = "relegate"
+    """What happens to a request that nobody can serve in time and that does not say."""
+
+    def __post_init__(self) -> None:
+        for name in ("ttft", "tbt"):
+            low, value, high = (getattr(self, f"{prefix}{name}_ms") for prefix in ("min_", "", "max_"))
+            if not (0 < low <= value <= high < math.inf):
+                raise ValueError(f"{name}-ms must be within min-{name}-ms and max-{name}-ms, all finite and above 0")
+
+
+def default_slo_classes() -> dict[str, SloClass]:
+    """Return the classes that exist without configuration."""
+    return {
+        "default": SloClass(),
+        "interactive": SloClass(ttft_ms=1000.0, tbt_ms=50.0),
+        "batch": SloClass(ttft_ms=10_000.0, tbt_ms=200.0),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Routes requests to LP and HP workers so that they keep their latency objectives."""
+
+    listen: str = option("127.0.0.1:7100", "gRPC address, host:port or unix:PATH; port 0 picks one")
+    metrics_listen: str = option("127.0.0.1:7190", "HTTP address of /health, /live and /metrics; empty: none")
+    reuse_port: bool = option(False, "share the gRPC port with other router processes (SO_REUSEPORT)")
+    workers: tuple[str, ...] = option((), "addresses of workers, host:port or unix:PATH")
+    worker_dns: str = option("", "host:port whose addresses are workers, resolved again and again; empty: none")
+    worker_dns_interval_s: float = option(5.0, "seconds between two resolutions of --worker-dns")
+    predictor: str = option("", "address of the predictor; empty: none")
+    prediction_max_age_s: float = option(10.0, "a worker's learned model is dropped after this long without news of it")
+    model: str = option("", "directory with tokenizer.json, tokenizer_config.json and config.json")
+    model_name: str = option("", "name of the model in requests; empty: the directory's name")
+    router_id: str = option("", "unique id of this process; empty: made from host and process id")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log level written")
+    decision_log: str = option("", "file that receives every decision as a JSON line; empty: none")
+
+    max_live_requests: int = option(4096, "requests served at once; more are refused")
+    max_text_bytes: int = option(1 << 20, "most bytes of text in one prompt")
+    max_unread_tokens: int = option(16_384, "a request whose reader is further behind than this is cancelled")
+    session_max_requests: int = option(2048, "requests in flight in one session; more are refused")
+    default_max_tokens: int = option(1024, "tokens generated when a request sets no limit")
+    default_timeout_s: float = option(600.0, "time limit of a request that sets none, in seconds; 0: none")
+    encode_threads: int = option(2, "threads that tokenize")
+    encode_queue: int = option(256, "texts waiting to be tokenized; more are refused")
+
+    placement: str = option("least_predicted_work", "rule that places a new request: " + ", ".join(PLACEMENTS))
+    offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
+    tickets: bool = option(True, "let idle HP workers take waiting LP requests")
+    decide_interval_ms: float = option(15.0, "longest time between two rounds of offload and ticket decisions")
+    move_running: bool = option(True, "continue a stream on another worker when its worker fails or drains")
+    max_moves: int = option(5, "attempts of one request that may end because a worker failed")
+    no_worker_wait_s: float = option(3.0, "a request waits this long for a worker when there is none, in seconds")
+
+    silence_heartbeats: float = option(4.0, "a worker silent for this many of its heartbeats is suspect")
+    stall_s: float = option(15.0, "a worker whose steps stand still this long with work queued is suspect")
+    cancel_timeout_s: float = option(10.0, "a cancellation not acknowledged in this time counts against the worker")
+    withdraw_timeout_s: float = option(5.0, "a withdrawal not answered in this time is given up")
+    breaker_failures: int = option(3, "failures in a row that open a worker's circuit")
+    breaker_open_s: float = option(2.0, "seconds an opened circuit stays open, doubled up to 30 while it keeps failing")
+
+    settle_s: float = option(0.2, "time between NOT_SERVING and refusing new requests, for balancers")
+    drain_timeout_s: float = option(30.0, "time that requests get to finish after SIGTERM")
+
+    slo_classes: dict[str, SloClass] = field(
+        default_factory=default_slo_classes, metadata={"help": "objectives and limits by class"}
+    )
+    admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in")
+    offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
+    ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
+    budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
+
+    def __post_init__(self) -> None:
+        if "default" not in self.slo_classes:
+            raise ValueError('slo-classes must have a class "default"')
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        at_least_one = ("max_live_requests", "max_text_bytes", "max_unread_tokens", "default_max_tokens")
+        for name in (*at_least_one, "session_max_requests", "encode_threads", "encode_queue", "breaker_failures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1")
+        positive = ("decide_interval_ms", "silence_heartbeats", "stall_s", "cancel_timeout_s", "withdraw_timeout_s")
+        for name in (*positive, "breaker_open_s", "worker_dns_interval_s", "prediction_max_age_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name.replace('_', '-')} must be above 0")

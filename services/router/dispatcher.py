@@ -1,0 +1,578 @@
+"""The table of live requests: where each one is placed, what its worker says, and where it goes when a worker fails.
+
+A thin shell over services.policy: it gathers views, asks the policy, and carries the answer out.
+"""
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ascendra.v1 import cluster_pb2, common_pb2, predictor_pb2, worker_pb2
+from services.common.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    ServiceError,
+    Unavailable,
+)
+from services.common.logging import get_logger
+from services.policy.admission import AdmissionAction, admit
+from services.policy.order import OrderPolicy
+from services.policy.placement import Placement, PlacementPolicy, PlacementState, place
+from services.policy.state import InstanceView, QueuedRequest, Role
+from services.router import metrics
+from services.router.attainment import Attainment
+from services.router.config import RouterConfig
+from services.router.decision_log import DecisionLog
+from services.router.estimates import in_order, kept_ahead, urgent_ahead
+from services.router.instance import Placed
+from services.router.prediction import Predictions
+from services.router.request import DecisionRecord, Drop, LiveRequest, State
+from services.router.wire import ROLE_TO_PROTO, model_from_proto
+from services.router.worker_link import WorkerLink
+
+log = get_logger()
+
+EXPLAINED_REQUESTS = 2000
+"""Ended requests that Explain still knows."""
+_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED = 3, 8
+_RETRY_MS = 500
+
+
+@dataclass(slots=True)
+class _Parked:
+    request: LiveRequest
+    until_s: float
+
+
+class Dispatcher:
+    """Owns every live request of this router."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        predictions: Predictions,
+        decision_log: DecisionLog,
+        links: Callable[[], Iterable[WorkerLink]],
+    ) -> None:
+        self.config = config
+        self.predictions = predictions
+        self.links = links
+        self.attainment = Attainment()
+        self.live: dict[str, LiveRequest] = {}
+        self._explained: OrderedDict[str, cluster_pb2.ExplainResponse] = OrderedDict()
+        self.counters: Counter[str] = Counter()
+        self.admitting = True
+        self.work_changed: Callable[[], None] = lambda: None
+        """Called when waiting requests should be looked at again."""
+        self.placed_elsewhere: Callable[[WorkerLink, worker_pb2.Withdrawn], None] = lambda link, withdrawn: None
+        """Takes the answer to a withdrawal."""
+        self.drain_waiting: Callable[[WorkerLink], None] = lambda link: None
+        """Called when a worker's waiting requests should leave it."""
+        self._decision_log = decision_log
+        self._placement = PlacementPolicy(name=config.placement)
+        self._placement_state = PlacementState()
+        self._where: dict[str, tuple[WorkerLink, Placed]] = {}
+        self._parked: dict[str, _Parked] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._orders: dict[tuple[str, str], OrderPolicy] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # Requests in.
+
+    def start(self, request: LiveRequest) -> None:
+        """Take a request and place it.
+
+        Raises:
+            ServiceError: it was refused; nothing is left of it.
+        """
+        spec = request.spec
+        if not self.admitting:
+            raise Unavailable("the router is draining", reason="DRAINING", retry_safe=True, retry_after_ms=_RETRY_MS)
+        if len(self.live) >= self.config.max_live_requests:
+            limit = self.config.max_live_requests
+            raise self._refusal(request, f"the router serves {limit} requests already", "LIVE_LIMIT", _RETRY_MS)
+        now_s = time.monotonic()
+        queued = request.queued()
+        self._admit(request, queued, now_s)
+        self.live[spec.request_id] = request
+        self._idle.clear()
+        metrics.LIVE.set(len(self.live))
+        if spec.timeout_s > 0:
+            delay_s = max(request.arrival_s + spec.timeout_s - now_s, 0.0)
+            loop = asyncio.get_running_loop()
+            self._timers[spec.request_id] = loop.call_later(delay_s, self._out_of_time, request)
+        self.place(request, "place")
+
+    def cancel(self, request: LiveRequest, *, acknowledge: bool = False) -> None:
+        """Give a request up because its client asked or is gone; the worker is told to abort it.
+
+        Args:
+            acknowledge: end its stream with FINISH_REASON_CANCELLED.
+        """
+        if request.ended:
+            return
+        self._stop_attempt(request)
+        if acknowledge:
+            text, finished = request.finish(common_pb2.FINISH_REASON_CANCELLED)
+            request.sink.finished(text, finished)
+        else:
+            request.fail(State.FAILED)
+        self._close(request, "cancelled")
+
+    def fail(self, request: LiveRequest, error: ServiceError, state: State = State.FAILED) -> None:
+        """End a request with a status; its worker is told to abort it."""
+        if request.ended:
+            return
+        request.fail(state)
+        self._stop_attempt(request)
+        request.sink.failed(error)
+        self._close(request, error.reason.lower())
+
+    def fail_all(self, why: str) -> None:
+        """End everything with a status that says whether a retry is safe."""
+        for request in list(self.live.values()):
+            self._lost(request, why, "DRAINING")
+
+    async def idle(self) -> None:
+        """Return when nothing is live."""
+        await self._idle.wait()
+
+    def explain(self, request_id: str) -> cluster_pb2.ExplainResponse | None:
+        """Return the decisions about a live or recently ended request."""
+        request = self.live.get(request_id)
+        return _explanation(request) if request is not None else self._explained.get(request_id)
+
+    def where(self, request: LiveRequest) -> tuple[WorkerLink, Placed] | None:
+        """Return the present attempt of a request; None while it has none."""
+        return self._where.get(request.spec.request_id)
+
+    # Placement.
+
+    def view(self, link: WorkerLink, now_s: float) -> InstanceView:
+        """Return a worker as the policies see it now."""
+        return link.instance.refresh(self.predictions.model(link.worker_id, now_s), now_s)
+
+    def order_policy(self, link: WorkerLink) -> OrderPolicy:
+        """Return the order that a worker's engine keeps."""
+        names = (link.instance.policy.value_function, link.instance.policy.relegation)
+        policy = self._orders.get(names)
+        if policy is None:
+            try:
+                policy = OrderPolicy(value_function=names[0] or "llf", relegation=names[1] or "none")
+            except ValueError as error:
+                log.warning("policy_unknown", worker_id=link.worker_id, why=str(error))
+                policy = OrderPolicy()
+            self._orders[names] = policy
+        return policy
+
+    def place(self, request: LiveRequest, kind: str, rule: str = "", avoid: WorkerLink | None = None) -> None:
+        """Send a request to the worker that the placement policy chooses, or park it while there is none.
+
+        Args:
+            kind: "place", "move" or whatever brought it here.
+            rule: why, in front of the placement's own reason.
+            avoid: a worker that just gave it up; used only when there is no other.
+        """
+        now_s = time.monotonic()
+        links = {link.worker_id: link for link in self.links() if link.takes_requests(now_s)}
+        if avoid is not None and len(links) > 1:
+            links.pop(avoid.worker_id, None)
+        queued = request.queued()
+        views = [self.view(link, now_s) for link in links.values()]
+        budget, affinity = self.config.budget_policy, request.spec.session_id
+        choice = place(queued, views, self._placement, self._placement_state, budget, affinity)
+        if choice.worker_id is None:
+            self._park(request, now_s)
+            return
+        reason = f"{rule}; {choice.rule}" if rule else choice.rule
+        record = self._placement_record(request, kind, reason, choice, now_s)
+        self.submit(request, links[choice.worker_id], record)
+
+    def submit(
+        self,
+        request: LiveRequest,
+        link: WorkerLink,
+        record: DecisionRecord,
+        *,
+        urgent: bool = False,
+        ticketed: bool = False,
+        predicted: tuple[float, float] | None = None,
+    ) -> None:
+        """Begin an attempt on a worker.
+
+        Args:
+            record: the decision that sends it there; its kind names the attempt.
+            predicted: remaining seconds to the first token there and seconds of queue ahead; None computes them.
+        """
+        now_s = time.monotonic()
+        role = ROLE_TO_PROTO[link.instance.view.role]
+        number = request.place(link.worker_id, role, f"{record.kind}: {record.rule}")
+        queued = request.queued(urgent=urgent, ticketed=ticketed)
+        handle = link.new_handle()
+        placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s)
+        placed.predicted_s, placed.queue_ahead_s = predicted or self._predict(link, queued, now_s)
+        ratio = self.predictions.p90_ratio(link.worker_id, placed.queue_ahead_s)
+        placed.predicted_p90_s = placed.predicted_s * ratio
+        record.to_worker_id = link.worker_id
+        record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
+        self.record(request, record)
+        self._where[request.spec.request_id] = (link, placed)
+        message = request.submission(handle, now_s, urgent=urgent, ticketed=ticketed, relegated=False)
+        link.submit(placed, message)
+        self.work_changed()
+
+    def record(self, request: LiveRequest, record: DecisionRecord) -> None:
+        """Remember, count and log a decision."""
+        request.decide(record)
+        metrics.DECISIONS.labels(kind=record.kind).inc()
+        self.counters[record.kind] += 1
+        self._decision_log.write(request, record)
+
+    def note(self, request: LiveRequest, kind: str, rule: str, from_worker_id: str = "") -> None:
+        """Remember a decision that sends the request nowhere."""
+        at_s = time.monotonic() - request.arrival_s
+        self.record(request, DecisionRecord(at_s, kind, rule, from_worker_id))
+
+    def unplace(self, request: LiveRequest) -> None:
+        """Take note that a worker handed a request back."""
+        found = self._where.pop(request.spec.request_id, None)
+        if found is not None:
+            found[0].forget(found[1])
+        request.unplace()
+
+    def abandon(self, request: LiveRequest, why: str) -> None:
+        """Abort a request's present attempt and continue it elsewhere."""
+        found = self._where.get(request.spec.request_id)
+        if found is not None and not request.ended:
+            self._stop_attempt(request)
+            self._move(request, found[0], why)
+
+    def parked(self) -> int:
+        """Return how many requests wait for any worker."""
+        return len(self._parked)
+
+    def expire_parked(self, now_s: float) -> None:
+        """Fail requests that waited too long for a worker."""
+        for parked in [p for p in self._parked.values() if p.until_s <= now_s]:
+            waited = self.config.no_worker_wait_s
+            error = Unavailable(
+                f"no worker took requests for {waited:g} s",
+                reason="NO_WORKER",
+                retry_safe=not parked.request.has_tokens,
+                retry_after_ms=1000,
+            )
+            self.fail(parked.request, error)
+
+    # What workers say.
+
+    def on_up(self, link: WorkerLink) -> None:
+        """Use a worker that attached, first of all for requests that wait for one."""
+        assert link.welcome is not None
+        twins = (other for other in self.links() if other is not link and other.attached)
+        twin = next((other for other in twins if other.worker_id == link.worker_id), None)
+        if twin is not None:
+            link.refused_why = f"{twin.address} has the same worker id {link.worker_id!r}"
+            log.error("worker_refused", address=link.address, why=link.refused_why)
+            return
+        model = None
+        if link.welcome.HasField("step_time_model"):
+            try:
+                model = model_from_proto(link.welcome.step_time_model)
+            except ValueError as error:
+                log.warning("model_refused", worker_id=link.worker_id, why=str(error))
+        self.predictions.worker_model(link.worker_id, model)
+        waiting, self._parked = list(self._parked.values()), {}
+        metrics.PARKED.set(0)
+        for parked in waiting:
+            self.place(parked.request, "move" if parked.request.moves else "place", "a worker came up")
+
+    def on_down(self, link: WorkerLink, orphans: Sequence[Placed], why: str) -> None:
+        """Move what was on a worker whose stream ended."""
+        for placed in orphans:
+            self._where.pop(placed.request.spec.request_id, None)
+        for placed in orphans:
+            self._move(placed.request, link, f"worker lost ({why})")
+        self.work_changed()
+
+    def on_step(self, link: WorkerLink, step: worker_pb2.StepOutput, now_s: float) -> None:
+        """Hand tokens to their streams. Never waits; the cost per token counts here."""
+        placed_by = link.placed
+        token_ids = list(step.token_ids)
+        ended = {end.handle: end for end in step.ended} if step.ended else {}
+        logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
+        observe_gap = metrics.GAPS.observe
+        position = 0
+        for handle, count in zip(step.handles, step.token_counts, strict=True):
+            chunk = token_ids[position : position + count]
+            position += count
+            placed = placed_by.get(handle)
+            if placed is None:
+                metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
+                continue
+            request = placed.request
+            end = ended.get(handle)
+            silent = (
+                end is not None and end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output
+            )
+            delta = request.tokens(placed.attempt, placed.next_offset, chunk, now_s, silent)
+            if isinstance(delta, Drop):
+                metrics.DROPPED_FRAMES.labels(reason=delta).inc()
+                continue
+            if not placed.delivered:
+                self._first_token(link, placed, now_s)
+            else:
+                observe_gap(request.last_gap_s)
+            placed.next_offset += count
+            positions = logprobs.get(handle, ())[: len(delta.token_ids)] if logprobs else ()
+            if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions):
+                self._too_slow(request)
+            elif delta.ended and end is None:
+                self._end_here(request)
+        for telemetry in step.telemetry:
+            self.predictions.observe_step(link.worker_id, telemetry.prefill_tokens, telemetry.step_s)
+        for end in step.ended:
+            self._on_ended(link, end)
+        self._on_standing(link, step)
+        metrics.TOKENS.inc(position)
+        link.instance.count_tokens(position, now_s)
+        self.work_changed()
+
+    def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
+        """Pass the answer on to who asked."""
+        self.placed_elsewhere(link, withdrawn)
+
+    def on_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:
+        """Refuse, or try elsewhere, what a worker could not serve."""
+        placed = link.placed.get(failed.handle)
+        if placed is None:
+            return
+        request = placed.request
+        self._where.pop(request.spec.request_id, None)
+        link.forget(placed)
+        if failed.code == _INVALID_ARGUMENT:
+            link.breaker.trial_lost()
+            self.fail(request, InvalidArgument(failed.message, reason=failed.reason or None))
+            return
+        if failed.reason not in ("DRAINING", "QUEUE_FULL"):
+            link.breaker.failed(time.monotonic())
+        self._move(request, link, f"{failed.reason or failed.code}: {failed.message}")
+
+    def on_draining(self, link: WorkerLink, remaining_s: float) -> None:
+        """Let waiting requests leave a worker that drains; running ones move when it gives them up."""
+        log.info("worker_draining", worker_id=link.worker_id, remaining_s=remaining_s)
+        self.drain_waiting(link)
+
+    # Inside.
+
+    def _admit(self, request: LiveRequest, queued: QueuedRequest, now_s: float) -> None:
+        views = [self.view(link, now_s) for link in self.links() if link.takes_requests(now_s)]
+        if not views:
+            return  # it waits for a worker, for a while
+        budget = self.config.budget_policy
+        estimates = [
+            (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget).estimate(queued) for view in views
+        ]
+        waiting = sum(len(view.queue) for view in views)
+        decision = admit(
+            request.spec.slo,
+            estimates,
+            waiting,
+            self.config.admission_policy,
+            request.spec.refuse_hopeless,
+            now_s - request.arrival_s,
+        )
+        if decision.action is AdmissionAction.REFUSE:
+            self.note(request, "refuse", decision.reason)
+            raise self._refusal(request, decision.reason, "OVERLOADED", round(decision.retry_after_s * 1000))
+        if decision.action is AdmissionAction.RELEGATE:
+            self.note(request, "hopeless", decision.reason)
+
+    def _refusal(self, request: LiveRequest, message: str, reason: str, retry_after_ms: int) -> ResourceExhausted:
+        request.fail(State.REFUSED)
+        metrics.REFUSALS.labels(reason=reason).inc()
+        metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome="refused").inc()
+        self._archive(request)
+        self._attained(request, served=False)
+        return ResourceExhausted(message, reason=reason, retry_safe=True, retry_after_ms=retry_after_ms)
+
+    def _predict(self, link: WorkerLink, queued: QueuedRequest, now_s: float) -> tuple[float, float]:
+        """Return predicted remaining seconds to the first token and seconds of queue ahead, in the engine's order."""
+        view = self.view(link, now_s)
+        view.queue.append(queued)
+        ordered, estimates, _ = in_order(view, now_s, self.order_policy(link), self.config.budget_policy)
+        for other, estimate in zip(ordered, estimates, strict=True):
+            if other is queued:
+                return estimate.mean_s + view.hop_s, estimate.wait_s
+        return 0.0, 0.0
+
+    def _placement_record(
+        self, request: LiveRequest, kind: str, rule: str, choice: Placement, now_s: float
+    ) -> DecisionRecord:
+        age_s = now_s - request.arrival_s
+        left_s = request.spec.slo.ttft_s - age_s
+        candidates = [
+            cluster_pb2.Candidate(
+                worker_id=c.worker_id,
+                predicted_ttft_s=age_s + c.ttft_s,
+                miss_ttft=self.predictions.miss_probability(c.worker_id, c.ttft_s, c.ttft_s, left_s),
+                excluded=c.excluded,
+            )
+            for c in choice.candidates
+        ]
+        return DecisionRecord(age_s, kind, rule, candidates=candidates)
+
+    def _park(self, request: LiveRequest, now_s: float) -> None:
+        if request.attempt and request.attempts[-1].worker_id:
+            request.unplace()
+        self._parked[request.spec.request_id] = _Parked(request, now_s + self.config.no_worker_wait_s)
+        metrics.PARKED.set(len(self._parked))
+        self.note(request, "park", "no worker takes requests")
+
+    def _move(self, request: LiveRequest, link: WorkerLink, why: str) -> None:
+        """Continue a request elsewhere after its worker gave it up; its old attempt is fenced already."""
+        if request.ended:
+            return
+        request.moves += 1
+        request.unplace()
+        if request.has_tokens and request.spec.pinned:
+            self._lost(request, f"{why}; the request is pinned: {request.spec.contract_reason}", "PINNED")
+        elif request.has_tokens and not self.config.move_running:
+            self._lost(request, why, "WORKER_LOST")
+        elif request.moves > self.config.max_moves:
+            self._lost(request, f"{why}; attempt {request.moves} to fail", "TOO_MANY_MOVES")
+        else:
+            self.place(request, "move", why, avoid=link)
+
+    def _lost(self, request: LiveRequest, message: str, reason: str) -> None:
+        safe = not request.has_tokens
+        self.fail(request, Unavailable(message, reason=reason, retry_safe=safe, retry_after_ms=_RETRY_MS))
+
+    def _first_token(self, link: WorkerLink, placed: Placed, now_s: float) -> None:
+        """Take note of an attempt's first token."""
+        request = placed.request
+        placed.delivered = True
+        link.instance.first_token(placed)
+        link.breaker.succeeded()
+        if request.first_token_s == now_s:
+            metrics.TTFT.labels(slo_class=request.spec.slo_class).observe(request.ttft_s)
+        else:
+            metrics.GAPS.observe(request.last_gap_s)
+        self.predictions.report(
+            predictor_pb2.Outcome(
+                worker_id=link.worker_id,
+                prompt_tokens=placed.queued.prompt_tokens,
+                predicted_ttft_s=placed.predicted_s,
+                predicted_ttft_p90_s=placed.predicted_p90_s,
+                actual_ttft_s=now_s - placed.submitted_s,
+                queue_ahead_s=placed.queue_ahead_s,
+            )
+        )
+
+    def _on_ended(self, link: WorkerLink, end: worker_pb2.RequestEnded) -> None:
+        placed = link.placed.get(end.handle)
+        if placed is None:
+            return
+        request = placed.request
+        self._where.pop(request.spec.request_id, None)
+        link.forget(placed)
+        link.breaker.succeeded()
+        if request.ended:
+            return
+        request.cached_prompt_tokens = max(request.cached_prompt_tokens, end.cached_prompt_tokens)
+        stop_token_id = end.stop_token_id if end.HasField("stop_token_id") else None
+        self._finish(request, end.reason, stop_token_id)
+
+    def _end_here(self, request: LiveRequest) -> None:
+        """End a request at a stop string or its token limit; its worker does not know yet."""
+        self._stop_attempt(request)
+        self._finish(request, common_pb2.FINISH_REASON_LENGTH)
+
+    def _finish(
+        self, request: LiveRequest, reason: "common_pb2.FinishReason", stop_token_id: int | None = None
+    ) -> None:
+        text, finished = request.finish(reason, stop_token_id)
+        request.sink.finished(text, finished)
+        self._close(request, "finished")
+
+    def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput) -> None:
+        for handle in step.started_handles:
+            placed = link.placed.get(handle)
+            if placed is not None:
+                placed.queued.started = True
+                placed.request.started(placed.attempt)
+        for handle in step.relegated_handles:
+            placed = link.placed.get(handle)
+            if placed is not None and not placed.queued.relegated:
+                placed.queued.relegated = True
+                placed.request.relegated = True
+                self.note(placed.request, "relegate", "its worker predicts that it cannot make it", link.worker_id)
+
+    def _too_slow(self, request: LiveRequest) -> None:
+        limit = self.config.max_unread_tokens
+        error = ResourceExhausted(f"more than {limit} tokens were not read", reason="SLOW_READER")
+        self.fail(request, error)
+
+    def _out_of_time(self, request: LiveRequest) -> None:
+        self._timers.pop(request.spec.request_id, None)
+        limit_s = request.spec.timeout_s
+        safe = not request.has_tokens
+        self.fail(request, DeadlineExceeded(f"not finished within {limit_s:g} s", reason="TIMEOUT", retry_safe=safe))
+
+    def _stop_attempt(self, request: LiveRequest) -> None:
+        found = self._where.pop(request.spec.request_id, None)
+        if found is not None:
+            link, placed = found
+            link.cancel(placed)
+
+    def _close(self, request: LiveRequest, outcome: str) -> None:
+        request_id = request.spec.request_id
+        self.live.pop(request_id, None)
+        if self._parked.pop(request_id, None) is not None:
+            metrics.PARKED.set(len(self._parked))
+        timer = self._timers.pop(request_id, None)
+        if timer is not None:
+            timer.cancel()
+        metrics.LIVE.set(len(self.live))
+        metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome=outcome).inc()
+        if not self.live:
+            self._idle.set()
+        self._archive(request)
+        if outcome != "cancelled":
+            self._attained(request, served=request.state is State.FINISHED)
+        log.info(
+            "request_ended",
+            request_id=request_id,
+            outcome=outcome,
+            tokens=len(request.generated),
+            attempts=len(request.attempts),
+        )
+
+    def _archive(self, request: LiveRequest) -> None:
+        self._explained[request.spec.request_id] = _explanation(request)
+        while len(self._explained) > EXPLAINED_REQUESTS:
+            self._explained.popitem(last=False)
+
+    def _attained(self, request: LiveRequest, *, served: bool) -> None:
+        p99_gap_s, slo = request.p99_gap_s(), request.spec.slo
+        self.attainment.record(
+            request.spec.slo_class,
+            time.monotonic(),
+            request.ttft_s,
+            p99_gap_s,
+            ttft_met=served and request.ttft_s <= slo.ttft_s,
+            tbt_met=served and p99_gap_s <= slo.tbt_s,
+        )
+
+
+def _explanation(request: LiveRequest) -> cluster_pb2.ExplainResponse:
+    state = "waiting" if request.state is State.RECEIVED else str(request.state)
+    return cluster_pb2.ExplainResponse(
+        request_id=request.spec.request_id,
+        decisions=[record.to_proto() for record in request.decisions],
+        receipt=request.receipt() if request.ended else None,
+        state=state,
+    )

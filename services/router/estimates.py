@@ -1,0 +1,56 @@
+"""Predictions of a request's first token from an instance's view; used to place, offload, admit and explain."""
+
+from dataclasses import dataclass
+
+from services.policy.order import OrderPolicy, order_waiting
+from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace, predict_in_order
+from services.policy.state import InstanceView, QueuedRequest
+from services.policy.token_budget import BudgetPolicy
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What an urgent request would wait for on an instance; grows as decisions send more there."""
+
+    worker_id: str
+    pace: PrefillPace
+    hop_s: float
+    work_s: float
+    """Prefill work that is served before a newly arrived urgent request."""
+
+    def estimate(self, request: QueuedRequest) -> TtftEstimate:
+        """Predict the request's first token if it were sent there now as urgent."""
+        before_s = self.pace.finish_s(self.work_s) if self.work_s > 0 else 0.0
+        done_s = self.pace.finish_s(self.work_s + self._work_s(request))
+        wait_s = min(before_s, done_s)
+        return TtftEstimate(done_s + self.hop_s, wait_s, done_s - wait_s, self.hop_s)
+
+    def take(self, request: QueuedRequest) -> None:
+        """Count a request that was decided to go there."""
+        self.work_s += self._work_s(request)
+
+    def _work_s(self, request: QueuedRequest) -> float:
+        return self.pace.work_s(request.prompt_tokens)  # it starts from nothing there
+
+
+def urgent_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
+    """Return what is served before a new urgent request: what has started, and other urgent requests."""
+    pace = instance_pace(view, budget)
+    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or queued.urgent)
+    return Ahead(view.worker_id, pace, view.hop_s, work_s)
+
+
+def kept_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
+    """Return what is served before a new request that all present ones precede, relegated ones aside."""
+    pace = instance_pace(view, budget)
+    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or not queued.relegated)
+    return Ahead(view.worker_id, pace, view.hop_s, work_s)
+
+
+def in_order(
+    view: InstanceView, now_s: float, order: OrderPolicy, budget: BudgetPolicy
+) -> tuple[list[QueuedRequest], list[TtftEstimate], PrefillPace]:
+    """Return an instance's queue in the order its engine serves it, with the prediction of each, and the pace."""
+    pace = instance_pace(view, budget)
+    ordered = order_waiting(view.queue, now_s, pace, order, view.role).ordered
+    return ordered, predict_in_order(ordered, pace), pace

@@ -1,0 +1,211 @@
+"""From a client's message to a live request: checks, defaults, tokens, objective, contract."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from ascendra.v1 import common_pb2, inference_pb2
+from services.common.errors import InvalidArgument, ServiceError
+from services.router.config import RouterConfig
+from services.router.dispatcher import Dispatcher
+from services.router.mailbox import Sink
+from services.router.request import LiveRequest, RequestSpec
+from services.router.resume import cursor, read_cursor, received_tokens, replay_text
+from services.router.text import TextCodec, TextStream
+from services.router.validation import (
+    Limits,
+    check_ids,
+    check_request,
+    objective,
+    stop_strings,
+    token_limits,
+)
+
+_HEADER_TTFT = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
+_HEADER_TBT = ("x-slo-tpot-ms", "x-llm-d-slo-tpot-ms")
+_TRACEPARENT = "traceparent"
+
+
+class AlreadyExists(ServiceError):
+    """A request with this id is being served."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """What came beside the message."""
+
+    metadata: Mapping[str, str]
+    timeout_s: float = 0.0
+    """Time left of the call's own deadline; 0: none."""
+
+
+class Ingress:
+    """Makes requests live."""
+
+    def __init__(
+        self, config: RouterConfig, codec: TextCodec, dispatcher: Dispatcher, limits: Callable[[], Limits]
+    ) -> None:
+        self._config = config
+        self._codec = codec
+        self._dispatcher = dispatcher
+        self._limits = limits
+
+    async def admit(
+        self, message: inference_pb2.GenerateRequest, sink: Sink, arrival_s: float, call: CallInfo
+    ) -> LiveRequest:
+        """Check, tokenize and start a request; its stream goes to `sink`, beginning with `accepted`.
+
+        Raises:
+            ServiceError: it was refused; `sink` heard nothing.
+        """
+        _apply_metadata(message, call.metadata)
+        limits = self._limits()
+        check_request(message, limits)
+        name, slo_class, slo = objective(message, self._config.slo_classes)
+        request_id = message.request_id or f"req-{secrets.token_hex(8)}"
+        if request_id in self._dispatcher.live:
+            raise _in_use(request_id)
+        prompt = await self._prompt(message)
+        check_ids("tokens.token_ids", prompt, limits)
+        sampling = common_pb2.SamplingParameters()
+        sampling.CopyFrom(message.sampling)
+        sampling.max_tokens = token_limits(sampling, len(prompt) // 4, limits)
+        if not sampling.HasField("seed"):
+            sampling.seed = secrets.randbits(63)
+        contract, why = move_contract(sampling)
+        refuse = message.on_overload == inference_pb2.OVERLOAD_ACTION_REFUSE or (
+            message.on_overload == inference_pb2.OVERLOAD_ACTION_UNSPECIFIED and slo_class.on_overload == "refuse"
+        )
+        text = None
+        if not message.tokens_only:
+            text = TextStream(
+                self._codec.decoder(),
+                stop_strings(sampling),
+                min_tokens=sampling.min_tokens,
+                include_stop=sampling.include_stop_in_output,
+            )
+        del sampling.stop[:]
+        spec = RequestSpec(
+            request_id=request_id,
+            prompt=prompt,
+            sampling=sampling,
+            slo=slo,
+            slo_class=name,
+            priority=message.priority,
+            tenant=message.tenant,
+            session_id=message.session_id,
+            traceparent=message.traceparent or call.metadata.get(_TRACEPARENT, ""),
+            timeout_s=_shortest(message.timeout_ms / 1000, call.timeout_s) or self._config.default_timeout_s,
+            refuse_hopeless=refuse,
+            contract=contract,
+            contract_reason=why,
+        )
+        if request_id in self._dispatcher.live:  # another one may have come while this was being tokenized
+            raise _in_use(request_id)
+        if message.HasField("resume"):
+            return self._resume(message.resume, spec, arrival_s, text, sink, limits)
+        request = LiveRequest(spec, arrival_s, text, sink)
+        self._dispatcher.start(request)
+        sink.accepted(_accepted(spec))
+        return request
+
+    async def _prompt(self, message: inference_pb2.GenerateRequest) -> bytes:
+        kind = message.WhichOneof("prompt")
+        if kind == "tokens":
+            return message.tokens.token_ids
+        if kind == "text":
+            return await self._codec.encode(message.text)
+        messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
+        return await self._codec.encode_chat(messages, continue_final=message.chat.continue_final_message)
+
+    def _resume(
+        self,
+        resume: inference_pb2.Resume,
+        spec: RequestSpec,
+        arrival_s: float,
+        text: TextStream | None,
+        sink: Sink,
+        limits: Limits,
+    ) -> LiveRequest:
+        if spec.pinned:
+            raise InvalidArgument(f"resume: the request is pinned: {spec.contract_reason}", reason="PINNED")
+        chosen = read_cursor(resume.cursor, spec.prompt)
+        spec.sampling.seed, spec.sampling.max_tokens = chosen.seed, chosen.max_tokens
+        received = received_tokens(resume, limits)
+        if len(received) > chosen.max_tokens:
+            raise InvalidArgument(f"resume.token_ids hold {len(received)}, more than max_tokens {chosen.max_tokens}")
+        unread = replay_text(text, received, resume.text_bytes) if text is not None else ""
+        request = LiveRequest(spec, arrival_s, text, sink, received)
+        reason = self._complete(request, received)
+        if reason is None:
+            self._dispatcher.start(request)
+        sink.accepted(_accepted(spec))
+        if unread:
+            sink.tokens(len(received), (), unread)
+        if reason is not None:
+            last, finished = request.finish(reason)
+            sink.finished(last, finished)
+        return request
+
+    def _complete(self, request: LiveRequest, received: list[int]) -> "common_pb2.FinishReason | None":
+        """Return why a resumed request has nothing left to generate, if so: only its last message was lost."""
+        sampling = request.spec.sampling
+        if request.text is not None and request.text.finished:
+            return common_pb2.FINISH_REASON_STOP
+        if received and len(received) >= sampling.min_tokens:
+            ended = received[-1] in self._codec.eos_token_ids and not sampling.ignore_eos
+            if ended or received[-1] in sampling.stop_token_ids:
+                return common_pb2.FINISH_REASON_STOP
+        return common_pb2.FINISH_REASON_LENGTH if len(received) >= sampling.max_tokens else None
+
+
+def move_contract(sampling: common_pb2.SamplingParameters) -> "tuple[common_pb2.MoveContract, str]":
+    """Return what a move preserves, and why it is not exact. Noise is keyed by seed and position in the engine."""
+    if sampling.HasField("structured_output"):
+        return common_pb2.MOVE_CONTRACT_PINNED, "guided decoding keeps its state in the engine"
+    if sampling.bad_words:
+        return common_pb2.MOVE_CONTRACT_PINNED, "bad_words are matched against what the engine generated itself"
+    return common_pb2.MOVE_CONTRACT_EXACT, ""
+
+
+def _accepted(spec: RequestSpec) -> inference_pb2.Accepted:
+    sampling = spec.sampling
+    resume = b"" if spec.pinned else cursor(spec.prompt, sampling.seed, sampling.max_tokens).encode()
+    return inference_pb2.Accepted(
+        request_id=spec.request_id,
+        resume_cursor=resume,
+        prompt_tokens=spec.prompt_tokens,
+        move_contract=spec.contract,
+        move_contract_reason=spec.contract_reason,
+    )
+
+
+def _in_use(request_id: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"request_id {request_id!r} is being served", reason="REQUEST_ID_IN_USE", code=grpc.StatusCode.ALREADY_EXISTS
+    )
+
+
+def _shortest(*limits_s: float) -> float:
+    return min((limit_s for limit_s in limits_s if limit_s > 0), default=0.0)
+
+
+def _apply_metadata(message: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> None:
+    """Fill in what the message leaves out from the call's metadata."""
+    if not message.request_id:
+        message.request_id = metadata.get("x-request-id", "")
+    if not message.session_id:
+        message.session_id = metadata.get("x-session-id", "")
+    for field, keys in (("ttft_ms", _HEADER_TTFT), ("tbt_ms", _HEADER_TBT)):
+        value = next((metadata[key] for key in keys if key in metadata), None)
+        if value is None or getattr(message.slo, field):
+            continue
+        try:
+            number = float(value)
+        except ValueError:
+            raise InvalidArgument(f"metadata {keys[0]} must be a number of milliseconds, got {value[:32]!r}") from None
+        if not number > 0:
+            raise InvalidArgument(f"metadata {keys[0]} must be above 0, got {value[:32]!r}")
+        setattr(message.slo, field, number)

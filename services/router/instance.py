@@ -1,0 +1,193 @@
+"""One worker as the policies see it: telemetry, and this router's own requests from the moment they are sent."""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from ascendra.v1 import common_pb2, worker_pb2
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
+from services.policy.step_time import StepTimeModel
+from services.router.request import LiveRequest
+from services.router.wire import ROLE_FROM_PROTO
+
+OTHERS = "~others"
+"""Id of the entry that stands for what other routers have queued on the worker."""
+_RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
+
+
+@dataclass(slots=True)
+class Placed:
+    """A request's present attempt on a worker."""
+
+    request: LiveRequest
+    attempt: int
+    handle: int
+    queued: QueuedRequest
+    submitted_s: float
+    next_offset: int
+    """Absolute offset of the next token of this attempt."""
+    decided_s: float
+    """When it was last placed, moved, or refused a move."""
+    withdrawing: bool = False
+    delivered: bool = False
+    """It has delivered a token."""
+    predicted_s: float = 0.0
+    """Remaining seconds to the first token predicted at submission."""
+    predicted_p90_s: float = 0.0
+    queue_ahead_s: float = 0.0
+
+
+class Instance:
+    """Keeps an InstanceView current. Times are seconds on the router's monotonic clock."""
+
+    def __init__(self, address: str, model: StepTimeModel) -> None:
+        self.view = InstanceView(worker_id="", role=Role.UNIFIED, model=model)
+        self.address = address
+        self.policy = worker_pb2.SchedulingPolicy()
+        self.last_message_s = 0.0
+        self.steps = 0
+        self.steps_changed_s = 0.0
+        self.waiting = 0
+        self.running = 0
+        self.queued_prefill_tokens = 0
+        self.kv_usage = 0.0
+        self.round_trip_s = 0.0
+        self.step_s = 0.0
+        """Smoothed seconds of a step with prefill."""
+        self._report_s = 0.0
+        self._queue: dict[int, Placed] = {}
+        self._coming: dict[str, QueuedRequest] = {}
+        self._decode_tbt_s: Counter[float] = Counter()
+        self._tokens = 0
+        self._windows: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=int(_RATE_WINDOW_S / _RATE_SLOT_S) + 1)
+
+    def welcome(self, welcome: worker_pb2.Welcome, now_s: float) -> None:
+        """Start afresh with what the worker says of itself."""
+        view = self.view
+        view.worker_id = welcome.worker_id
+        view.role = ROLE_FROM_PROTO.get(welcome.role, Role.UNIFIED)
+        view.max_num_seqs = welcome.max_num_seqs
+        view.max_num_batched_tokens = welcome.max_num_batched_tokens
+        view.kv_capacity_tokens = welcome.kv_capacity_tokens
+        view.draining = welcome.draining
+        self.policy = welcome.policy
+        self._queue.clear()
+        self._decode_tbt_s.clear()
+        view.decodes = view.decode_context_tokens = 0
+        self.waiting = self.running = self.queued_prefill_tokens = self.steps = 0
+        self.last_message_s = self.steps_changed_s = self._report_s = now_s
+
+    def telemetry(self, step: common_pb2.StepTelemetry, now_s: float) -> None:
+        """Take in one engine step."""
+        if step.step != self.steps:
+            self.steps, self.steps_changed_s = step.step, now_s
+        self._report_s = now_s - step.age_s
+        self.waiting, self.running = step.waiting, step.running
+        self.queued_prefill_tokens = step.queued_prefill_tokens
+        self.kv_usage = step.kv_usage
+        self.view.decodes = step.decodes
+        self.view.decode_context_tokens = step.decode_context_tokens
+        if step.prefill_tokens:
+            self.step_s += 0.2 * (step.step_s - self.step_s) if self.step_s else step.step_s
+
+    def heartbeat(self, beat: worker_pb2.Heartbeat, now_s: float) -> None:
+        """Take in that nothing happened."""
+        if beat.steps != self.steps or not (beat.waiting or beat.running):
+            self.steps, self.steps_changed_s = beat.steps, now_s
+        self.waiting, self.running, self.kv_usage = beat.waiting, beat.running, beat.kv_usage
+        if not beat.running:
+            self.view.decodes = self.view.decode_context_tokens = 0
+            if not beat.waiting:
+                self.queued_prefill_tokens = 0
+        self._report_s = now_s
+
+    def stalled(self, now_s: float, stall_s: float) -> bool:
+        """Return whether steps have stood still that long although there is work."""
+        return bool(self.waiting or self.running or self._queue) and now_s - self.steps_changed_s > stall_s
+
+    def submitted(self, placed: Placed) -> None:
+        """Count a request that was just sent."""
+        if not self._queue and not self.running:
+            self.steps_changed_s = placed.submitted_s  # an idle engine takes no steps: it stalls only from here on
+        self._queue[placed.handle] = placed
+
+    def first_token(self, placed: Placed) -> None:
+        """Move a request from the queue to the decodes."""
+        if self._queue.pop(placed.handle, None) is not None:
+            self._decode_tbt_s[placed.request.spec.slo.tbt_s] += 1
+
+    def gone(self, placed: Placed) -> None:
+        """Forget a request, wherever it was."""
+        if self._queue.pop(placed.handle, None) is not None:
+            return
+        tbt_s = placed.request.spec.slo.tbt_s
+        if self._decode_tbt_s[tbt_s] <= 1:
+            del self._decode_tbt_s[tbt_s]
+        else:
+            self._decode_tbt_s[tbt_s] -= 1
+
+    def expect(self, queued: QueuedRequest) -> None:
+        """Count a request that is about to be moved here."""
+        self._coming[queued.request_id] = queued
+
+    def expect_no_more(self, request_id: str) -> None:
+        """Stop counting a move: it arrived or will not happen."""
+        self._coming.pop(request_id, None)
+
+    @property
+    def has_queue(self) -> bool:
+        """Some request of this router has no token here yet."""
+        return bool(self._queue)
+
+    @property
+    def queue(self) -> list[Placed]:
+        """This router's requests here that have no token of this attempt yet."""
+        return list(self._queue.values())
+
+    def count_tokens(self, tokens: int, now_s: float) -> None:
+        """Add delivered tokens to the rate."""
+        if now_s - self._windows[-1][0] >= _RATE_SLOT_S:
+            self._windows.append((now_s, self._tokens))
+        self._tokens += tokens
+
+    def rate(self, now_s: float) -> float:
+        """Return tokens per second to this router over the last ten seconds or so."""
+        since_s, before = next((w for w in self._windows if w[0] >= now_s - _RATE_WINDOW_S), (now_s, self._tokens))
+        return (self._tokens - before) / max(now_s - since_s, _RATE_SLOT_S)
+
+    def refresh(self, model: StepTimeModel, now_s: float) -> InstanceView:
+        """Bring the view up to date and return it."""
+        view = self.view
+        view.model = model
+        view.hop_s = self.round_trip_s
+        view.report_age_s = now_s - self.last_message_s
+        view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
+        view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
+        view.queue = [placed.queued for placed in self._queue.values()]
+        self._share_out_progress(now_s)
+        view.queue += self._coming.values()
+        return view
+
+    def _share_out_progress(self, now_s: float) -> None:
+        """Reconcile the worker's count of queued prefill tokens with this router's own requests.
+
+        What the worker has queued beyond our unstarted requests is left of our started ones; beyond those it belongs
+        to other routers. Requests that cannot be in the report yet do not take part.
+        """
+        seen_s = self._report_s - self.round_trip_s / 2
+        started = []
+        rest = self.queued_prefill_tokens
+        for placed in self._queue.values():
+            queued = placed.queued
+            if queued.started:
+                started.append(queued)
+            elif placed.submitted_s < seen_s:
+                rest -= queued.remaining_tokens
+        for queued in started:
+            left = min(max(rest, 1), queued.prompt_tokens)
+            queued.computed_tokens = queued.prompt_tokens - left
+            rest -= left
+        if rest > 0:
+            others = QueuedRequest(
+                request_id=OTHERS, arrival_s=now_s, prompt_tokens=rest, slo=Slo(ttft_s=1e6, tbt_s=1e6), started=True
+            )
+            self.view.queue.append(others)

@@ -1,0 +1,126 @@
+"""What a client has not read yet. Writers never wait: what a slow reader leaves is merged, and it is bounded."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from ascendra.v1 import common_pb2, inference_pb2
+from services.common.errors import ServiceError
+
+
+class Sink(Protocol):
+    """Where a request's stream goes."""
+
+    def accepted(self, accepted: inference_pb2.Accepted) -> None:
+        """Say that the request was taken."""
+
+    def tokens(
+        self, offset: int, token_ids: Sequence[int], text: str, logprobs: Iterable[common_pb2.PositionLogprobs] = ()
+    ) -> bool:
+        """Append tokens; False when the reader is too far behind and the request should be given up."""
+
+    def finished(self, text: str, finished: inference_pb2.Finished) -> None:
+        """Append the last text and the last message."""
+
+    def failed(self, error: ServiceError) -> None:
+        """End the stream with a status."""
+
+
+class Pending:
+    """Unread part of one request's stream, merged into at most one message and an error."""
+
+    __slots__ = ("accepted", "end", "error", "logprobs", "offset", "texts", "token_ids")
+
+    def __init__(self) -> None:
+        self.accepted: inference_pb2.Accepted | None = None
+        self.offset = 0
+        self.token_ids: list[int] = []
+        self.texts: list[str] = []
+        self.logprobs: list[common_pb2.PositionLogprobs] = []
+        self.end: inference_pb2.Finished | None = None
+        self.error: ServiceError | None = None
+
+    def add_tokens(self, offset: int, token_ids: Sequence[int], text: str) -> None:
+        """Append tokens that follow those already here."""
+        if not self.token_ids:
+            self.offset = offset
+        self.token_ids.extend(token_ids)
+        if text:
+            self.texts.append(text)
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but tokens and text."""
+        return self.accepted is None and self.end is None and self.error is None and not self.logprobs
+
+    @property
+    def has_response(self) -> bool:
+        """There is something to say beside an error."""
+        return bool(self.token_ids or self.texts) or self.accepted is not None or self.end is not None
+
+    def response(self) -> inference_pb2.GenerateResponse:
+        """Return it as one message."""
+        return inference_pb2.GenerateResponse(
+            accepted=self.accepted,
+            token_offset=self.offset,
+            token_ids=self.token_ids,
+            text="".join(self.texts),
+            logprobs=self.logprobs,
+            finished=self.end,
+        )
+
+
+class Mailbox:
+    """The stream of one Generate call. The first token leaves at once; later ones merge only behind a busy reader."""
+
+    __slots__ = ("_pending", "_unread_limit", "_waiter")
+
+    def __init__(self, unread_limit: int) -> None:
+        """Make an empty mailbox that holds at most `unread_limit` tokens."""
+        self._unread_limit = unread_limit
+        self._pending: Pending | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def accepted(self, accepted: inference_pb2.Accepted) -> None:
+        """Say that the request was taken."""
+        self._open().accepted = accepted
+
+    def tokens(
+        self, offset: int, token_ids: Sequence[int], text: str, logprobs: Iterable[common_pb2.PositionLogprobs] = ()
+    ) -> bool:
+        """Append tokens; False when the limit is passed."""
+        pending = self._open()
+        pending.add_tokens(offset, token_ids, text)
+        pending.logprobs.extend(logprobs)
+        return len(pending.token_ids) <= self._unread_limit
+
+    def finished(self, text: str, finished: inference_pb2.Finished) -> None:
+        """Append the last text and the last message."""
+        pending = self._open()
+        if text:
+            pending.texts.append(text)
+        if not pending.token_ids:
+            pending.offset = finished.usage.completion_tokens
+        pending.end = finished
+
+    def failed(self, error: ServiceError) -> None:
+        """End the stream with a status."""
+        self._open().error = error
+
+    async def take(self) -> Pending:
+        """Return everything unread, waiting until there is something."""
+        while self._pending is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        pending, self._pending = self._pending, None
+        return pending
+
+    def _open(self) -> Pending:
+        if self._pending is None:
+            self._pending = Pending()
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
+        return self._pending

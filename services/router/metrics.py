@@ -1,0 +1,92 @@
+"""The router's metrics, `ascendra_router_*`; seconds and totals, label values bounded by configuration."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+TBT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
+
+REQUESTS = Counter("ascendra_router_requests", "Requests that ended.", ["slo_class", "outcome"])
+TTFT = Histogram(
+    "ascendra_router_ttft_seconds", "Arrival at the router to first token.", ["slo_class"], buckets=TTFT_BUCKETS_S
+)
+TOKENS = Counter("ascendra_router_tokens", "Tokens delivered to streams.")
+DECISIONS = Counter(
+    "ascendra_router_decisions", "Decisions: place, offload, ticket, relegate, refuse, move, ...", ["kind"]
+)
+REFUSALS = Counter("ascendra_router_refusals", "Requests refused.", ["reason"])
+DROPPED_FRAMES = Counter("ascendra_router_dropped_frames", "Tokens or messages of workers not taken.", ["reason"])
+CANCEL_TIMEOUTS = Counter("ascendra_router_cancel_timeouts", "Cancellations that no worker acknowledged in time.")
+WITHDRAW_TIMEOUTS = Counter("ascendra_router_withdraw_timeouts", "Withdrawals that no worker answered in time.")
+LINK_LOSSES = Counter("ascendra_router_link_losses", "Worker streams that ended, or could not be opened.")
+LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
+PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")
+LOOP_LAG = Gauge("ascendra_router_event_loop_lag_seconds", "Largest lateness of a timer in the last second.")
+PREDICTOR_CONNECTED = Gauge("ascendra_router_predictor_connected", "1 while the predictor's models stream in.")
+PREDICTION_POLICY = Gauge("ascendra_router_prediction_policy", "1 for the source of TTFT predictions.", ["policy"])
+DECISION_LOG_DROPPED = Counter(
+    "ascendra_router_decision_log_dropped", "Decisions not written because the disk is slow."
+)
+ROUND_SECONDS = Histogram(
+    "ascendra_router_round_seconds",
+    "One round of offload and ticket decisions.",
+    buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+)
+
+
+class GapHistogram(Collector):
+    """Gaps between tokens; a tenth of the cost of a library histogram, for it is fed once a token."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(TBT_BUCKETS_S) + 1)
+        self.total_s = 0.0
+
+    def observe(self, gap_s: float) -> None:
+        """Count one gap."""
+        self.counts[bisect_left(TBT_BUCKETS_S, gap_s)] += 1
+        self.total_s += gap_s
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the histogram."""
+        family = HistogramMetricFamily("ascendra_router_tbt_seconds", "Gap between consecutive tokens of a request.")
+        buckets = []
+        cumulated = 0
+        for limit, count in zip((*map(str, TBT_BUCKETS_S), "+Inf"), self.counts, strict=True):
+            cumulated += count
+            buckets.append((limit, cumulated))
+        family.add_metric([], buckets, self.total_s)
+        return [family]
+
+
+WorkerRow = tuple[str, float, float, float]
+"""Worker id, requests waiting there, telemetry age in seconds, round trip in seconds."""
+
+
+class WorkerGauges(Collector):
+    """Gauges by worker, read when scraped, so that workers that left leave no labels behind."""
+
+    def __init__(self) -> None:
+        self.rows: Callable[[], Iterable[WorkerRow]] = list
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the gauges."""
+        waiting = GaugeMetricFamily("ascendra_router_worker_waiting", "Requests queued on a worker.", labels=["worker"])
+        age = GaugeMetricFamily(
+            "ascendra_router_telemetry_age_seconds", "Time since a worker's last message.", labels=["worker"]
+        )
+        trip = GaugeMetricFamily("ascendra_router_round_trip_seconds", "Round trip of the stream.", labels=["worker"])
+        for worker_id, queued, age_s, round_trip_s in self.rows():
+            waiting.add_metric([worker_id], queued)
+            age.add_metric([worker_id], age_s)
+            trip.add_metric([worker_id], round_trip_s)
+        return [waiting, age, trip]
+
+
+GAPS = GapHistogram()
+WORKERS = WorkerGauges()
+REGISTRY.register(GAPS)
+REGISTRY.register(WORKERS)

@@ -1,0 +1,260 @@
+"""Moves waiting requests: off LP before they miss, to idle HP on tickets, away from a worker that drains.
+
+Every move is two-phase: withdraw, wait until the worker says that the request was never scheduled, then submit.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ascendra.v1 import worker_pb2
+from services.common.errors import ResourceExhausted
+from services.policy.admission import retry_delay_s
+from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload
+from services.policy.prefill import PrefillPace, TtftEstimate
+from services.policy.state import QueuedRequest, Role
+from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
+from services.router import metrics
+from services.router.dispatcher import Dispatcher
+from services.router.estimates import Ahead, in_order, urgent_ahead
+from services.router.instance import Placed
+from services.router.request import DecisionRecord, State
+from services.router.worker_link import WorkerLink
+
+_Leaving = tuple[Placed, str, str, WorkerLink | None, tuple[float, float] | None, float]
+"""Request, kind, rule, target, predicted (TTFT, queue ahead) there, retry delay of a refusal; times in seconds."""
+_SHORTEST_ROUND_S = 0.004
+_ROUND_SHARE = 0.1
+"""Most of the time that rounds may take."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A withdrawal on its way."""
+
+    placed: Placed
+    kind: str
+    """"offload", "ticket", "refuse" or "move"."""
+    rule: str
+    target: WorkerLink | None
+    """None: placed anew (a drain), or refused."""
+    predicted: tuple[float, float] | None
+    expires_s: float
+    retry_after_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Queue:
+    """A worker's waiting requests in the order of its engine."""
+
+    link: WorkerLink
+    ordered: list[QueuedRequest]
+    estimates: list[TtftEstimate]
+    pace: PrefillPace
+    placed: dict[str, Placed]
+
+
+class Rebalancer:
+    """Runs rounds of decisions when something changed, and at least every `decide_interval_ms`."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._config = dispatcher.config
+        self._changed = asyncio.Event()
+        self._transfers: dict[tuple[str, int], list[Transfer]] = {}
+        leases = self._config.ticket_policy if self._config.tickets else TicketPolicy(leases=0)
+        self._ledger = TicketLedger(leases)
+        self.unsaved = 0
+        """Requests at risk that no HP could take."""
+        dispatcher.work_changed = self._changed.set
+        dispatcher.placed_elsewhere = self.on_withdrawn
+        dispatcher.drain_waiting = self.drain_waiting
+
+    async def run(self) -> None:
+        """Decide until cancelled."""
+        interval_s = self._config.decide_interval_ms / 1000
+        while True:
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            began_s = time.monotonic()
+            self.round(began_s)
+            took_s = time.monotonic() - began_s
+            metrics.ROUND_SECONDS.observe(took_s)
+            await asyncio.sleep(max(_SHORTEST_ROUND_S, took_s / _ROUND_SHARE))
+
+    def round(self, now_s: float) -> None:
+        """Take one round of decisions."""
+        self._dispatcher.expire_parked(now_s)
+        self._expire(now_s)
+        links = [link for link in self._dispatcher.links() if link.attached]
+        sources = [link for link in links if link.instance.view.role is Role.LOW and link.instance.has_queue]
+        if not sources:
+            return
+        high = [link for link in links if link.instance.view.role is Role.HIGH and link.takes_requests(now_s)]
+        queues = [self._queue(link, now_s) for link in sources]
+        if self._config.offload:
+            views = {link.worker_id: self._dispatcher.view(link, now_s) for link in high}
+            ahead = {worker_id: urgent_ahead(view, self._config.budget_policy) for worker_id, view in views.items()}
+            by_id = {link.worker_id: link for link in high}
+            for queue in queues:
+                self._offload(queue, ahead, by_id, now_s)
+        self._tickets(queues, high, now_s)
+
+    def drain_waiting(self, link: WorkerLink) -> None:
+        """Take back everything that a draining worker has not started."""
+        leaving = [p for p in link.instance.queue if not p.queued.started and not p.withdrawing]
+        rule = "its worker drains"
+        self._withdraw(link, [(placed, "move", rule, None, None, 0.0) for placed in leaving])
+
+    def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
+        """Carry out the moves whose requests were handed back; give up the others."""
+        gone = set(withdrawn.withdrawn_handles)
+        for transfer in self._transfers.pop((link.address, withdrawn.withdraw_id), ()):
+            self._settle(link, transfer, handed_back=transfer.placed.handle in gone)
+        self._changed.set()
+
+    def _queue(self, link: WorkerLink, now_s: float) -> _Queue:
+        view = self._dispatcher.view(link, now_s)
+        order = self._dispatcher.order_policy(link)
+        ordered, estimates, pace = in_order(view, now_s, order, self._config.budget_policy)
+        placed = {placed.queued.request_id: placed for placed in link.instance.queue}
+        return _Queue(link, ordered, estimates, pace, placed)
+
+    def _offload(self, queue: _Queue, ahead: dict[str, Ahead], high: dict[str, WorkerLink], now_s: float) -> None:
+        leaving: list[_Leaving] = []
+        policy = self._config.offload_policy
+        for queued, estimate in zip(queue.ordered, queue.estimates, strict=True):
+            placed = queue.placed.get(queued.request_id)
+            if placed is None or queued.started or placed.withdrawing or placed.request.has_tokens:
+                continue
+            candidates = [OffloadCandidate(worker_id, a.estimate(queued)) for worker_id, a in ahead.items()]
+            step_s = queue.link.instance.step_s or queue.pace.step_s
+            decision = decide_offload(queued, estimate, candidates, now_s, step_s, policy, placed.decided_s)
+            if decision.action is OffloadAction.OFFLOAD and decision.target is not None:
+                target = high[decision.target]
+                predicted = ahead[decision.target].estimate(queued)
+                ahead[decision.target].take(queued)
+                numbers = (predicted.mean_s, predicted.wait_s)
+                leaving.append((placed, "offload", decision.reason, target, numbers, 0.0))
+            elif decision.action is OffloadAction.RELEGATE:
+                placed.decided_s = now_s
+                self.unsaved += 1
+                if placed.request.spec.refuse_hopeless:
+                    best_s = min([estimate.mean_s, *(c.estimate.mean_s for c in candidates)])
+                    delay_s = retry_delay_s(best_s, queued.slo)
+                    leaving.append((placed, "refuse", decision.reason, None, None, delay_s))
+        self._withdraw(queue.link, leaving)
+
+    def _tickets(self, queues: Sequence[_Queue], high: Sequence[WorkerLink], now_s: float) -> None:
+        if self._ledger.policy.leases <= 0 or not high:
+            return
+        objectives_s = [p.request.spec.slo.tbt_s for queue in queues for p in queue.placed.values()]
+        views = [self._dispatcher.view(link, now_s) for link in high]
+        self._ledger.issue(views, min(objectives_s, default=0.0), now_s)
+        backlogs_s = {
+            queue.link.worker_id: queue.pace.finish_s(
+                sum(queue.pace.remaining_work_s(queued) for queued in queue.ordered if not queued.started)
+            )
+            for queue in queues
+            if any(not queued.started for queued in queue.ordered)
+        }
+        if not backlogs_s:
+            return
+        waiting = sum(len(queue.ordered) for queue in queues)
+        granted = self._ledger.grant(backlogs_s, sum(backlogs_s.values()) / max(waiting, 1), now_s)
+        by_id = {queue.link.worker_id: queue for queue in queues}
+        targets = {link.worker_id: link for link in high}
+        for ticket in granted:
+            queue, target = by_id[ticket.holder], targets[ticket.issuer]
+            open_ = [q for q in queue.ordered if self._may_leave(queue, q)]
+            chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
+            if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
+                continue
+            ahead = urgent_ahead(self._dispatcher.view(target, now_s), self._config.budget_policy)
+            predicted = ahead.estimate(chosen)
+            transfer = (
+                queue.placed[chosen.request_id], "ticket", "an HP worker has room", target,
+                (predicted.mean_s, predicted.wait_s), 0.0,
+            )  # fmt: skip
+            self._withdraw(queue.link, [transfer])
+
+    def _may_leave(self, queue: _Queue, queued: QueuedRequest) -> bool:
+        """Started requests stay in the list: they take their part of the next step."""
+        placed = queue.placed.get(queued.request_id)
+        if placed is None or queued.started:
+            return queued.started
+        return not placed.withdrawing and not placed.request.has_tokens
+
+    def _withdraw(
+        self,
+        link: WorkerLink,
+        leaving: Sequence[_Leaving],
+    ) -> None:
+        if not leaving:
+            return
+        now_s = time.monotonic()
+        withdraw_id = link.withdraw([placed for placed, *_ in leaving])
+        transfers = []
+        for placed, kind, rule, target, predicted, retry_after_s in leaving:
+            placed.withdrawing = True
+            expires_s = now_s + self._config.withdraw_timeout_s
+            transfers.append(Transfer(placed, kind, rule, target, predicted, expires_s, retry_after_s))
+            if target is not None:
+                queued = placed.request.queued(urgent=kind == "offload", ticketed=kind == "ticket")
+                target.instance.expect(queued)
+        self._transfers[link.address, withdraw_id] = transfers
+
+    def _settle(self, link: WorkerLink, transfer: Transfer, *, handed_back: bool) -> None:
+        placed, request = transfer.placed, transfer.placed.request
+        if transfer.target is not None:
+            transfer.target.instance.expect_no_more(request.spec.request_id)
+        found = self._dispatcher.where(request)
+        if request.ended or found is None or found[1] is not placed:
+            return  # it ended, or its worker was lost, while the answer was on its way
+        placed.withdrawing = False
+        placed.decided_s = time.monotonic()
+        if not handed_back:
+            self._dispatcher.note(request, "withdraw_refused", "its prefill had started", link.worker_id)
+            return
+        self._dispatcher.unplace(request)
+        if transfer.kind == "refuse":
+            self._refuse(transfer)
+            return
+        target = transfer.target
+        if target is None or not target.takes_requests(placed.decided_s):
+            self._dispatcher.place(request, "move", transfer.rule, avoid=link)
+            return
+        if transfer.kind == "offload":
+            request.hops += 1
+        at_s = placed.decided_s - request.arrival_s
+        record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id)
+        urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"
+        self._dispatcher.submit(request, target, record, urgent=urgent, ticketed=ticketed, predicted=transfer.predicted)
+
+    def _refuse(self, transfer: Transfer) -> None:
+        request = transfer.placed.request
+        self._dispatcher.note(request, "refuse", transfer.rule)
+        metrics.REFUSALS.labels(reason="OVERLOADED").inc()
+        delay_ms = round(transfer.retry_after_s * 1000)
+        error = ResourceExhausted(transfer.rule, reason="OVERLOADED", retry_safe=True, retry_after_ms=delay_ms)
+        self._dispatcher.fail(request, error, State.REFUSED)
+
+    def _expire(self, now_s: float) -> None:
+        for key, transfers in list(self._transfers.items()):
+            if transfers[0].expires_s > now_s:
+                continue
+            del self._transfers[key]
+            metrics.WITHDRAW_TIMEOUTS.inc()
+            for transfer in transfers:
+                # It may still be handed back later; then nobody knows the request any more, so it must not stay there.
+                placed, request = transfer.placed, transfer.placed.request
+                if transfer.target is not None:
+                    transfer.target.instance.expect_no_more(request.spec.request_id)
+                found = self._dispatcher.where(request)
+                if not request.ended and found is not None and found[1] is placed:
+                    self._dispatcher.abandon(request, "its worker did not answer a withdrawal")

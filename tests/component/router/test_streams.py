@@ -1,0 +1,107 @@
+"""Streams through a router over real sockets, from a worker that follows a script."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from ascendra.v1 import common_pb2, inference_pb2
+from tests.support.local_router import LocalRouter, local_router, text_request, until
+from tests.support.scripted_worker import ScriptedWorker
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[ScriptedWorker]:
+    """A started worker."""
+    worker = ScriptedWorker()
+    await worker.start()
+    yield worker
+    await worker.stop()
+
+
+@pytest.fixture
+async def router(worker: ScriptedWorker, tokenizer_directory: Path) -> AsyncIterator[LocalRouter]:
+    """A router attached to it."""
+    async with local_router(tokenizer_directory, [worker.address]) as router:
+        await router.attached(1)
+        yield router
+
+
+async def test_a_stream_arrives_whole(router: LocalRouter) -> None:
+    """Every token arrives once and in order, with text, usage and a receipt."""
+    done = await router.collect(text_request(max_tokens=50))
+    assert done.token_ids == [66 + i % 26 for i in range(50)]
+    assert done.text == router.router.codec.decode(done.token_ids)
+    assert done.accepted.prompt_tokens > 0
+    assert done.accepted.move_contract == common_pb2.MOVE_CONTRACT_EXACT
+    finished = done.finished
+    assert finished.reason == common_pb2.FINISH_REASON_LENGTH
+    assert finished.usage.completion_tokens == 50
+    assert [attempt.worker_id for attempt in finished.receipt.attempts] == ["w1"]
+    assert finished.receipt.ttft_ms > 0
+
+
+async def test_leaving_aborts_at_the_worker(router: LocalRouter, worker: ScriptedWorker) -> None:
+    """A client that cancels has its request aborted at the worker at once, and acknowledged."""
+    call = router.inference.Generate(text_request(max_tokens=2000))
+    await call.read()
+    call.cancel()
+    await until(lambda: bool(worker.cancelled))
+    await until(lambda: not router.router.dispatcher.live)
+
+
+async def test_a_lost_worker_ends_nothing(router: LocalRouter, worker: ScriptedWorker) -> None:
+    """A stream whose worker drops it goes on, without gap or repetition, when the worker is back."""
+    worker.step_s = 0.01
+    call = router.inference.Generate(text_request(max_tokens=40))
+    token_ids: list[int] = []
+    async for response in call:
+        token_ids += response.token_ids
+        if len(token_ids) == 10 and worker.streams == 1:
+            worker.drop_stream()
+    assert token_ids == [66 + i % 26 for i in range(40)]
+    assert worker.streams == 2
+    assert worker.submitted[-1].generated_tokens >= 10
+
+
+async def test_a_session_carries_many(router: LocalRouter) -> None:
+    """A session multiplexes requests; each handle's stream is whole."""
+    requests = [
+        inference_pb2.SessionRequest(start=inference_pb2.SessionStart(handle=h, request=text_request(max_tokens=h)))
+        for h in range(1, 21)
+    ]
+
+    async def outgoing() -> AsyncIterator[inference_pb2.SessionRequest]:
+        for request in requests:
+            yield request
+        await asyncio.sleep(0)
+
+    tokens: dict[int, list[int]] = {h: [] for h in range(1, 21)}
+    finished = {}
+    async for response in router.inference.Session(outgoing()):
+        columns, position = response.tokens, 0
+        for handle, offset, count in zip(columns.handles, columns.token_offsets, columns.token_counts, strict=True):
+            assert offset == len(tokens[handle])
+            tokens[handle] += columns.token_ids[position : position + count]
+            position += count
+        for item in response.items:
+            if item.response.token_ids:
+                assert item.response.token_offset == len(tokens[item.handle])
+            tokens[item.handle] += item.response.token_ids
+            if item.response.HasField("finished"):
+                finished[item.handle] = item.response.finished
+    assert tokens == {h: [66 + i % 26 for i in range(h)] for h in range(1, 21)}
+    assert all(finished[h].usage.completion_tokens == h for h in tokens)
+
+
+async def test_a_refusal_names_the_field(router: LocalRouter) -> None:
+    """Bad input is INVALID_ARGUMENT with the field in the message."""
+    request = text_request()
+    request.sampling.temperature = -1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await router.collect(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "temperature" in str(caught.value.details())
