@@ -54,7 +54,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
             return 0
         _, end = print_stream(client, prompt, options)
     if end is not None and not arguments.quiet:
-        Console(stderr=True, highlight=False).print(receipt_line(end.receipt, options["request_id"]), style="dim", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            receipt_line(end.receipt, options["request_id"]), style="dim", soft_wrap=True
+        )
     return 0
 
 

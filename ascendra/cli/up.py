@@ -132,12 +132,15 @@ async def _start(cluster: LocalCluster, console: Console) -> None:
     """Start a cluster with a line that says what it waits for."""
     starting = asyncio.create_task(cluster.start())
     began_s = asyncio.get_running_loop().time()
+    shown = ""
     try:
         with console.status("") as line:
             while not starting.done():
                 seconds = asyncio.get_running_loop().time() - began_s
                 names = f" ({', '.join(sorted(cluster.waiting_for))})" if cluster.waiting_for else ""
                 line.update(f"{seconds:3.0f} s  {cluster.activity}{names}")
+                if not console.is_terminal and cluster.activity != shown:
+                    console.print(shown := cluster.activity, soft_wrap=True)
                 await asyncio.wait([starting], timeout=0.25)
         starting.result()
     finally:
