@@ -60,6 +60,7 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jitter", type=float, default=0.03, help="sigma of log(step time) (default: %(default)s)")
     parser.add_argument("--bias", type=float, default=1.0, help="real over believed step time (default: %(default)s)")
+    parser.add_argument("--no-learning", action="store_true", help="plan with --profile as it is")
     parser.add_argument("--overhead-ms", type=float, default=0.5, help="between steps (default: %(default)s)")
     parser.add_argument("--hop-ms", type=float, default=1.0, help="router to worker (default: %(default)s)")
     parser.add_argument("--staleness-ms", type=float, default=2.0, help="of reports, past a hop (default: %(default)s)")
@@ -80,6 +81,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
             truth=StepTimeTruth(
                 model=model, bias=args.bias, jitter_sigma=args.jitter, overhead_s=args.overhead_ms / 1e3
             ),
+            learn=not args.no_learning,
             hop_s=args.hop_ms / 1e3,
             staleness_s=args.staleness_ms / 1e3,
         )

@@ -21,7 +21,9 @@ class ClusterConfig:
     instances: int = 8
     engine: EngineConfig = field(default_factory=EngineConfig)
     believed: StepTimeModel = A100_LLAMA3_8B
-    """What the policies plan with."""
+    """What the policies plan with at first."""
+    learn: bool = True
+    """Workers fit the model to their own steps."""
     truth: StepTimeTruth = field(default_factory=lambda: StepTimeTruth(model=A100_LLAMA3_8B))
     hop_s: float = 0.001
     """Router to worker, and back to the caller."""

@@ -12,6 +12,7 @@ from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import prefill_pace
 from services.policy.relegation import RelegatedTurns
 from services.policy.state import Role
+from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import StepShape, StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad, prefill_budget
 
@@ -31,9 +32,8 @@ class StepTimeTruth:
     overhead_s: float = 0.0005
     """Between two steps, while the device waits: input preparation, sampling, output processing."""
 
-    def step_s(self, step: Step, rng: random.Random) -> float:
+    def step_s(self, shape: StepShape, rng: random.Random) -> float:
         """Draw the seconds from one step's start to the next one's."""
-        shape = StepShape(step.prefill_tokens, step.decodes, step.decode_context_tokens, step.prefill_context_products)
         factor = self.bias
         if self.jitter_sigma:
             factor *= math.exp(rng.gauss(-0.5 * self.jitter_sigma**2, self.jitter_sigma))
@@ -54,6 +54,8 @@ class StepReport:
     min_tbt_s: float = 0.0
     kv_used_tokens: int = 0
     step_s: float = 0.0
+    model: StepTimeModel | None = None
+    """What the worker plans with now."""
 
 
 class Instance:
@@ -69,12 +71,14 @@ class Instance:
         order: OrderPolicy | None,
         budget: BudgetPolicy | None,
         seed: int,
+        learn: bool = True,
     ) -> None:
         """Start empty.
 
         Args:
             order: how waiting requests are ordered; None leaves vLLM's order.
             budget: how the token budget is chosen; None leaves vLLM's `max_num_batched_tokens`.
+            learn: fit the step-time model to the steps that it takes, from `believed` on.
         """
         self.index = index
         self.worker_id = f"w{index:03d}"
@@ -96,6 +100,8 @@ class Instance:
         self._paused: list[SimRequest] = []
         self._report = StepReport()
         self._step_s = 0.0
+        self._shape = StepShape()
+        self._fit = OnlineStepTimeFit(believed) if learn else None
 
     def start_step(self, now_s: float) -> float | None:
         """Schedule a step; returns when it will be over, or None when there is nothing to do."""
@@ -112,7 +118,10 @@ class Instance:
             report.requeued += (request for request in step.preempted if request.token_times_s)
         if self._promoted:
             self._charge_promoted(step)
-        self._step_s = self._truth.step_s(step, self._rng)
+        self._shape = StepShape(
+            step.prefill_tokens, step.decodes, step.decode_context_tokens, step.prefill_context_products
+        )
+        self._step_s = self._truth.step_s(self._shape, self._rng)
         return now_s + self._step_s
 
     def finish_step(self, now_s: float) -> StepReport:
@@ -123,6 +132,9 @@ class Instance:
         self.steps += 1
         self.busy_s += self._step_s
         self._turns.earn(self._step_s)
+        if self._fit is not None and step.scheduled:
+            self._fit.observe(self._shape, self._step_s)
+            self.model = self._fit.model()
         engine = self.engine
         report = self._report
         fresh = [request for request, _ in step.scheduled if not request.token_times_s or request.preemptions]
@@ -141,6 +153,7 @@ class Instance:
         report.min_tbt_s = min_tbt_s if decodes else 0.0
         report.kv_used_tokens = engine.kv_used_tokens
         report.step_s = self._step_s
+        report.model = self.model
         return report
 
     def _plan(self, now_s: float, policy: BudgetPolicy) -> int:

@@ -72,6 +72,7 @@ class WorkerState:
         view.decode_context_tokens = report.decode_context_tokens
         view.min_tbt_s = report.min_tbt_s
         view.kv_used_tokens = report.kv_used_tokens
+        view.model = report.model or view.model
         self.step_s = report.step_s
         self.last_report_s = now_s
         for request in report.first_tokens:
@@ -107,6 +108,8 @@ class TbtBinPolicy:
 
     fill: float = 0.5
     """Leave the like for the unlike when the first token is predicted later than this share of the TTFT objective."""
+    loose_fill: float = 0.5
+    """The same for a request that would join tighter ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +215,9 @@ class PlacingRouter:
         return self._by_id[view.worker_id].ttft_s(request)
 
     def _by_tbt(self, request: SimRequest, policy: TbtBinPolicy) -> WorkerState:
-        limit_s = policy.fill * request.slo.ttft_s
         tbt_s = request.slo.tbt_s
+        fill = policy.fill if tbt_s <= self._tightest_tbt_s else policy.loose_fill
+        limit_s = fill * request.slo.ttft_s
 
         def cost(state: WorkerState) -> tuple[bool, int, float]:
             view = state.view

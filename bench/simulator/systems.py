@@ -161,6 +161,7 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
             system.order,
             None if system.order is None else budget,
             config.seed,
+            config.learn and system.order is not None,
         )
         instances.append(instance)
         view = InstanceView(
