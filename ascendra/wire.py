@@ -50,7 +50,7 @@ def build_request(prompt: str | None, options: types.RequestOptions) -> inferenc
         request.sinks.extend(options.get("sinks", ()))
         if "sampling" in options:
             request.sampling.CopyFrom(sampling_to_wire(options["sampling"]))
-        if "slo" in options:
+        if options.get("slo", types.Slo()) != types.Slo():  # an empty one is that of the class
             request.slo.CopyFrom(slo_to_wire(options["slo"]))
         if "on_overload" in options:
             request.on_overload = _overload_action(options["on_overload"])
@@ -120,7 +120,7 @@ def sampling_to_wire(sampling: types.SamplingParams) -> common_pb2.SamplingParam
 
 
 def slo_to_wire(slo: types.Slo) -> common_pb2.Slo:
-    """Return an objective as protobuf; 0 stands for "as the class says"."""
+    """Return an objective as protobuf. Raises InvalidArgumentError naming the field."""
     wire = common_pb2.Slo()
     for name, value in (("ttft_ms", slo.ttft_ms), ("tbt_ms", slo.tbt_ms)):
         if value is None:

@@ -98,7 +98,7 @@ def _workers(status: cluster_pb2.GetStatusResponse, *, wide: bool) -> Table:
         health, style = _HEALTH.get(worker.health, ("?", "red"))
         role = wire.role_from_wire(worker.role)
         table.add_row(
-            worker.worker_id or worker.address,
+            worker.worker_id or worker.address.rpartition("/")[2],
             _POOLS[role] if role else "?",
             Text(health, style=style),
             str(worker.waiting),

@@ -61,3 +61,9 @@ def test_timeouts_are_whole_milliseconds() -> None:
     assert wire.timeout_ms(0.0001) == 1
     assert wire.timeout_ms(1.2341) == 1235
     assert wire.timeout_ms(1e12) == 2**32 - 1
+
+
+def test_an_empty_objective_is_that_of_the_class() -> None:
+    """Nothing is sent for an objective without values."""
+    assert not wire.build_request("a", {"slo": Slo()}).HasField("slo")
+    assert wire.build_request("a", {"slo": Slo(tbt_ms=5)}).HasField("slo")
