@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,20 +22,28 @@ def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
     """Workers for all engine tests of a session; tests must leave their roles and policies as they found them.
 
     "cpu" runs the tiny model under our policies; "emulated" does so on A100 step times; "emulated-stock" is plain
-    vLLM scheduling; "emulated-slots" has two slots; "mortal" may be killed and drained, and comes back.
+    vLLM scheduling; "emulated-slots" has two slots; "mortal" may be killed and drained, and comes back; it reports to
+    predictor.sock and registers at router.sock, where a test may listen.
     """
-    workers = {
-        "cpu": cpu_worker(tiny_model, role="low"),
-        "emulated": emulated_worker(),
-        "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
-        "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
-        "mortal": emulated_worker(max_num_seqs=64),
-    }
     # Socket paths are limited to about a hundred bytes, which pytest's own directories use up.
     with tempfile.TemporaryDirectory(prefix="ascendra-") as directory:
-        running = WorkerFleet(Path(directory), workers, restart=True)
+        running = WorkerFleet(Path(directory), _session_workers(tiny_model, Path(directory)), restart=True)
         try:
             running.wait_ready()
             yield running
         finally:
             running.stop()
+
+
+def _session_workers(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "cpu": cpu_worker(tiny_model, role="low"),
+        "emulated": emulated_worker(),
+        "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
+        "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
+        "mortal": emulated_worker(
+            predictor=f"unix:{directory / 'predictor.sock'}",
+            routers=[f"unix:{directory / 'router.sock'}"],
+            register_ttl_ms=900,
+        ),
+    }

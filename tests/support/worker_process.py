@@ -14,7 +14,7 @@ from typing import Any, Self
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 20.0
 
 
@@ -27,6 +27,7 @@ class WorkerFleet:
 
     def __init__(self, directory: Path, workers: Mapping[str, Mapping[str, Any]], *, restart: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
         self.log_file = directory / "fleet.log"
         self.events: list[dict[str, Any]] = []
         self._ids = list(workers)
