@@ -31,7 +31,7 @@ _QUESTIONS = ("What is {}?", "Explain {}.", "How does {} work?", "Tell me about 
 class Settings:
     """What decides the model. `steps` is the goal, `train_seconds` the limit on the time spent training."""
 
-    steps: int = 450
+    steps: int = 240
     train_seconds: float = 25.0
     seed: int = 0
 
