@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class HttpServer:
@@ -16,6 +17,12 @@ class HttpServer:
         self._server = server
         self._task = task
         self.address = address
+
+    @property
+    def blocked_connections(self) -> int:
+        """Number of connections whose client reads more slowly than it is written to."""
+        connections = self._server.server_state.connections
+        return sum(isinstance(one, HttpToolsProtocol) and one.flow.write_paused for one in connections)
 
     def refuse_connections(self) -> None:
         """Close the port; connections in use stay."""
