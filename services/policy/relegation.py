@@ -58,7 +58,7 @@ class RelegatedTurns:
     ahead of its place; while it is positive, the next overdue one may go first.
     """
 
-    def __init__(self, share: float, burst_s: float = 1.0) -> None:
+    def __init__(self, share: float, burst_s: float = 0.2) -> None:
         """Start with no credit.
 
         Args:
