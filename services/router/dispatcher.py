@@ -242,7 +242,7 @@ class Dispatcher:
         found = self._where.pop(request.spec.request_id, None)
         if found is not None:
             found[0].forget(found[1])
-        request.unplace()
+        request.fence()
 
     def abandon(self, request: LiveRequest, why: str) -> None:
         """Abort a request's present attempt and continue it elsewhere."""
@@ -426,8 +426,6 @@ class Dispatcher:
         return DecisionRecord(age_s, kind, rule, candidates=candidates)
 
     def _park(self, request: LiveRequest, now_s: float) -> None:
-        if request.attempt and request.attempts[-1].worker_id:
-            request.unplace()
         self._parked[request.spec.request_id] = _Parked(request, now_s + self.config.no_worker_wait_s)
         metrics.PARKED.set(len(self._parked))
         self.note(request, "park", "no worker takes requests")
@@ -437,7 +435,7 @@ class Dispatcher:
         if request.ended:
             return
         request.moves += 1
-        request.unplace()
+        request.fence()
         if request.has_tokens and request.spec.pinned:
             self._lost(request, f"{why}; the request is pinned: {request.spec.contract_reason}", "PINNED")
         elif request.has_tokens and not self.config.move_running:

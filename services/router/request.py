@@ -114,9 +114,9 @@ class LiveRequest:
     """State of one request."""
 
     __slots__ = (
-        "_delivering", "_first_pool", "_gaps", "arrival_s", "attempt", "attempts", "cached_prompt_tokens", "decisions",
-        "first_token_s", "generated", "hops", "last_token_s", "moves", "relegated", "resumed_tokens", "sink", "spec",
-        "state", "text",
+        "_delivering", "_fenced", "_first_pool", "_gaps", "arrival_s", "attempt", "attempts", "cached_prompt_tokens",
+        "decisions", "first_token_s", "generated", "hops", "last_token_s", "moves", "relegated", "resumed_tokens",
+        "sink", "spec", "state", "text",
     )  # fmt: skip
 
     def __init__(
@@ -150,6 +150,7 @@ class LiveRequest:
         self.last_token_s = 0.0
         self._gaps = array.array("d")
         self._delivering = 0
+        self._fenced = False
         self._first_pool: common_pb2.Role = common_pb2.ROLE_UNSPECIFIED
 
     @property
@@ -171,14 +172,14 @@ class LiveRequest:
     def place(self, worker_id: str, role: "common_pb2.Role", reason: str) -> int:
         """Begin an attempt on a worker and return its number; tokens of earlier attempts no longer count."""
         self.attempt += 1
+        self._fenced = False
         self.attempts.append(inference_pb2.Attempt(number=self.attempt, worker_id=worker_id, role=role, reason=reason))
         self.state = State.DECODE if self.has_tokens else State.WAITING
         return self.attempt
 
-    def unplace(self) -> None:
+    def fence(self) -> None:
         """End the present attempt without a successor yet: whatever still comes from it is stale."""
-        self.attempt += 1
-        self.attempts.append(inference_pb2.Attempt(number=self.attempt, reason="waiting for a worker"))
+        self._fenced = True
 
     def started(self, attempt: int) -> None:
         """Take note that the prefill of an attempt began."""
@@ -196,7 +197,7 @@ class LiveRequest:
         """
         generated = self.generated
         expected = len(generated)
-        if attempt != self.attempt:
+        if attempt != self.attempt or self._fenced:
             return Drop.STALE_ATTEMPT
         if self.state in TERMINAL:
             return Drop.ENDED
@@ -282,7 +283,6 @@ class LiveRequest:
         """Return what was promised and what was achieved so far."""
         gaps = np.frombuffer(self._gaps, dtype=np.float64) if self._gaps else np.zeros(0)
         ttft_s, p99_s, slo = self.ttft_s, self.p99_gap_s(), self.spec.slo
-        attempts = [attempt for attempt in self.attempts if attempt.worker_id]
         return inference_pb2.SloReceipt(
             target=common_pb2.Slo(ttft_ms=slo.ttft_s * 1000, tbt_ms=slo.tbt_s * 1000),
             ttft_ms=ttft_s * 1000 if math.isfinite(ttft_s) else 0.0,
@@ -292,7 +292,7 @@ class LiveRequest:
             ttft_met=ttft_s <= slo.ttft_s,
             tbt_met=p99_s <= slo.tbt_s,
             pool=self._first_pool,
-            attempts=attempts,
+            attempts=self.attempts,
             relegated=self.relegated,
             seed=self.spec.sampling.seed,
             move_contract=self.spec.contract,

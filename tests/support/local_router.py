@@ -89,6 +89,12 @@ async def local_router(model: Path, workers: Sequence[str], **keys: Any) -> Asyn
         await task
 
 
+def metadata_of(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """Return an error's trailing metadata."""
+    trailing: Any = error.trailing_metadata()
+    return {key: value for key, value in trailing or () if isinstance(value, str)}
+
+
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for a condition; fails after timeout_s."""
     async with asyncio.timeout(timeout_s):

@@ -1,0 +1,319 @@
+"""What the router does when workers misbehave: faults over real sockets, by script."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2, worker_pb2
+from services.policy.state import Role
+from tests.support.local_router import Collected, LocalRouter, local_router, metadata_of, text_request, until
+from tests.support.scripted_worker import ScriptedWorker
+
+EXPECTED = [66 + i % 26 for i in range(2000)]
+
+
+@contextlib.asynccontextmanager
+async def cluster(tokenizer: Path, *workers: ScriptedWorker, **keys: object) -> AsyncIterator[LocalRouter]:
+    """Start the workers and a router attached to all of them."""
+    for worker in workers:
+        await worker.start()
+    try:
+        async with local_router(tokenizer, [worker.address for worker in workers], **keys) as router:
+            await router.attached(len(workers))
+            yield router
+    finally:
+        for worker in workers:
+            await worker.stop()
+
+
+def status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
+    """Return code, reason and retry-safe of an error."""
+    metadata = metadata_of(error)
+    return error.code(), metadata["ascendra-reason"], metadata["ascendra-retry-safe"]
+
+
+async def until_tokens(router: LocalRouter, count: int) -> None:
+    """Wait until the one live request has so many tokens."""
+
+    def reached() -> bool:
+        return any(len(request.generated) >= count for request in router.router.dispatcher.live.values())
+
+    await until(reached)
+
+
+async def test_a_missing_message_moves_the_stream(tokenizer_directory: Path) -> None:
+    """A hole in the worker's sequence is noticed; the stream goes on elsewhere without gap or repetition."""
+    one, two = ScriptedWorker("w1"), ScriptedWorker("w2")
+    one.step_s = two.step_s = 0.01
+    async with cluster(tokenizer_directory, one, two) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=60)))
+        await until_tokens(router, 5)
+        serving = one if one.submitted else two
+        serving.send_step(sequence=10_000)
+        done = await task
+    assert done.token_ids == EXPECTED[:60]
+    assert len(done.finished.receipt.attempts) == 2
+    assert "missing" in done.finished.receipt.attempts[1].reason
+
+
+async def test_repeated_and_unknown_frames_are_dropped(tokenizer_directory: Path) -> None:
+    """A message seen before, and tokens for handles nobody has, change nothing."""
+    worker = ScriptedWorker()
+    worker.step_s = 0.005
+    async with cluster(tokenizer_directory, worker) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=60)))
+        await until_tokens(router, 5)
+        worker.send_step(sequence=1, handles=[1], token_counts=[1], token_ids=[200])
+        worker.send_step(handles=[999], token_counts=[1], token_ids=[200])
+        assert (await task).token_ids == EXPECTED[:60]
+        assert worker.streams == 1
+
+
+async def test_a_silent_worker_is_left(tokenizer_directory: Path) -> None:
+    """No message within k heartbeats: its requests go on elsewhere."""
+    one, two = ScriptedWorker("w1"), ScriptedWorker("w2")
+    one.step_s = two.step_s = 0.01
+    async with cluster(tokenizer_directory, one, two) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=80)))
+        await until_tokens(router, 5)
+        serving = one if one.submitted else two
+        serving.flowing.clear()
+        done = await task
+        serving.flowing.set()
+    assert done.token_ids == EXPECTED[:80]
+    assert "silent" in done.finished.receipt.attempts[1].reason
+
+
+async def test_a_stalled_engine_is_left(tokenizer_directory: Path) -> None:
+    """Heartbeats go on but steps stand still with work queued: the same."""
+    one, two = ScriptedWorker("w1"), ScriptedWorker("w2")
+    one.step_s = two.step_s = 0.01
+    async with cluster(tokenizer_directory, one, two, stall_s=0.5) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=80)))
+        await until_tokens(router, 5)
+        serving = one if one.submitted else two
+        serving.freeze_steps = True
+        done = await task
+    assert done.token_ids == EXPECTED[:80]
+    assert "stand still" in done.finished.receipt.attempts[1].reason
+
+
+async def test_pinned_streams_end_with_a_hint(tokenizer_directory: Path) -> None:
+    """Guided decoding is not moved after its first token: UNAVAILABLE, not safe to retry blindly."""
+    worker = ScriptedWorker()
+    worker.step_s = 0.01
+    async with cluster(tokenizer_directory, worker) as router:
+        request = text_request(max_tokens=500)
+        request.sampling.structured_output.regex = "a+"
+        collected = Collected()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in router.inference.Generate(request):
+                collected.add(response)
+                if len(collected.token_ids) == 5:
+                    worker.drop_stream()
+        assert status_of(caught.value) == (grpc.StatusCode.UNAVAILABLE, "PINNED", "false")
+        assert collected.accepted.move_contract == common_pb2.MOVE_CONTRACT_PINNED
+        assert not collected.accepted.resume_cursor
+
+
+async def test_without_moves_started_streams_end(tokenizer_directory: Path) -> None:
+    """`move-running: false` ends started streams, while those without a token are still served."""
+    worker = ScriptedWorker()
+    worker.step_s = 0.01
+    async with cluster(tokenizer_directory, worker, move_running=False) as router:
+        started = asyncio.create_task(router.collect(text_request(max_tokens=500)))
+        await until_tokens(router, 3)
+        worker.hold = True
+        waiting = asyncio.create_task(router.collect(text_request(max_tokens=10)))
+        await until(lambda: len(worker.submitted) == 2)
+        worker.drop_stream()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await started
+        assert status_of(caught.value) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST", "false")
+        worker.hold = False
+        assert (await waiting).token_ids == EXPECTED[:10]
+
+
+async def test_no_worker_is_said_in_time(tokenizer_directory: Path) -> None:
+    """Without any worker a request waits a little, then is refused as safe to retry."""
+    async with local_router(tokenizer_directory, [], no_worker_wait_s=0.2) as router:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect(text_request())
+        assert status_of(caught.value) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER", "true")
+        assert not router.router.dispatcher.live
+
+
+async def test_a_worker_that_refuses_is_avoided(tokenizer_directory: Path) -> None:
+    """A full or failing worker's requests go to another; the circuit of a failing one opens."""
+    bad, good = ScriptedWorker("a"), ScriptedWorker("b")
+    bad.refuse = (13, "internal error", "INTERNAL")
+    keys = {"placement": "round_robin", "breaker_failures": 2, "breaker_open_s": 30.0}
+    async with cluster(tokenizer_directory, bad, good, **keys) as router:
+        for _ in range(8):
+            assert (await router.collect(text_request(max_tokens=5))).token_ids == EXPECTED[:5]
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+    assert len(bad.submitted) == 2
+    health = {worker.worker_id: worker.health for worker in status.workers}
+    assert health == {"a": cluster_pb2.WORKER_HEALTH_TRIPPED, "b": cluster_pb2.WORKER_HEALTH_READY}
+
+
+async def test_a_workers_verdict_on_input_is_final(tokenizer_directory: Path) -> None:
+    """INVALID_ARGUMENT from the engine reaches the client and is not tried elsewhere."""
+    one, two = ScriptedWorker("a"), ScriptedWorker("b")
+    one.refuse = two.refuse = (3, "sampling.x must be y", "INVALID_ARGUMENT")
+    async with cluster(tokenizer_directory, one, two) as router:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect(text_request())
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == "sampling.x must be y"
+    assert len(one.submitted) + len(two.submitted) == 1
+
+
+async def test_time_limits_hold(tokenizer_directory: Path) -> None:
+    """timeout_ms and the call's deadline end a request, which is aborted at the worker."""
+    worker = ScriptedWorker()
+    worker.hold = True
+    async with cluster(tokenizer_directory, worker) as router:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect(text_request(timeout_ms=100))
+        assert status_of(caught.value) == (grpc.StatusCode.DEADLINE_EXCEEDED, "TIMEOUT", "true")
+        await until(lambda: len(worker.cancelled) == 1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect(text_request(), timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: len(worker.cancelled) == 2)
+
+
+async def test_a_drained_worker_hands_its_waiting_requests_over(tokenizer_directory: Path) -> None:
+    """DrainWorker withdraws what has not started and places it elsewhere."""
+    one, two = ScriptedWorker("a"), ScriptedWorker("b")
+    one.hold = two.hold = True
+    async with cluster(tokenizer_directory, one, two) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=8)))
+        await until(lambda: bool(one.submitted or two.submitted))
+        source, target = (one, two) if one.submitted else (two, one)
+        target.hold = False
+        await router.cluster.DrainWorker(cluster_pb2.DrainWorkerRequest(worker_id=source.welcome.worker_id))
+        assert (await task).token_ids == EXPECTED[:8]
+        assert source.withdrawn
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+    health = {worker.worker_id: worker.health for worker in status.workers}
+    assert health[source.welcome.worker_id] == cluster_pb2.WORKER_HEALTH_DRAINING
+
+
+async def test_requests_at_risk_are_offloaded(tokenizer_directory: Path) -> None:
+    """A request that its LP worker would miss is withdrawn, submitted to HP as urgent, and explained."""
+    low = ScriptedWorker("low", role=Role.LOW, policy=worker_pb2.SchedulingPolicy(value_function="fcfs"))
+    high = ScriptedWorker("high", role=Role.HIGH)
+    low.hold = True
+    async with cluster(tokenizer_directory, low, high, tickets=False) as router:
+        slow = [asyncio.create_task(router.collect(long_request())) for _ in range(6)]
+        await until(lambda: len(low.submitted) == 6)
+        request = text_request(max_tokens=5, request_id="saved")
+        request.slo.ttft_ms = 600
+        done = await router.collect(request)
+        explained = await router.cluster.Explain(cluster_pb2.ExplainRequest(request_id="saved"))
+        low.hold = False
+        await asyncio.gather(*slow)
+    assert done.token_ids == EXPECTED[:5]
+    assert done.finished.receipt.pool == common_pb2.ROLE_HIGH_PRIORITY
+    assert [decision.kind for decision in explained.decisions] == ["place", "offload"]
+    assert [submit.urgent for submit in high.submitted] == [True]
+    assert low.withdrawn == [low.submitted[6].handle]
+
+
+def long_request() -> inference_pb2.GenerateRequest:
+    """Return a request with a long prompt and all the time in the world."""
+    request = text_request("word " * 350, max_tokens=2)
+    request.slo.ttft_ms = 600_000
+    return request
+
+
+async def test_idle_hp_takes_work_on_tickets(tokenizer_directory: Path) -> None:
+    """With a backlog on LP and nothing urgent, HP draws waiting requests."""
+    low, high = ScriptedWorker("low", role=Role.LOW), ScriptedWorker("high", role=Role.HIGH)
+    low.hold = True
+    async with cluster(tokenizer_directory, low, high, offload=False) as router:
+        text = "word " * 300
+        tasks = [asyncio.create_task(router.collect(text_request(text, max_tokens=5))) for _ in range(12)]
+        await until(lambda: len(high.submitted) >= 2)
+        low.hold = False
+        for done in await asyncio.gather(*tasks):
+            assert done.token_ids == EXPECTED[:5]
+    assert all(submit.ticketed and not submit.urgent for submit in high.submitted)
+
+
+async def test_refusal_when_nobody_can_make_it(tokenizer_directory: Path) -> None:
+    """REFUSE gets RESOURCE_EXHAUSTED with the reason and a delay; the default is served all the same."""
+    worker = ScriptedWorker()
+    worker.hold = True
+    async with cluster(tokenizer_directory, worker) as router:
+        backlog = [asyncio.create_task(router.collect(text_request("word " * 350, max_tokens=2))) for _ in range(20)]
+        await until(lambda: len(worker.submitted) == 20)
+        refused = text_request(on_overload=inference_pb2.OVERLOAD_ACTION_REFUSE)
+        refused.slo.ttft_ms = 50
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect(refused)
+        assert status_of(caught.value) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "true")
+        assert int(metadata_of(caught.value)["retry-after-ms"]) > 0
+        refused.on_overload = inference_pb2.OVERLOAD_ACTION_RELEGATE
+        served = asyncio.create_task(router.collect(refused))
+        worker.hold = False
+        await served
+        await asyncio.gather(*backlog)
+
+
+async def test_unacknowledged_cancellations_are_noticed(tokenizer_directory: Path) -> None:
+    """A worker that does not let go in time is held to account; others are unharmed."""
+    worker = ScriptedWorker()
+    worker.ignore_cancel = True
+    async with cluster(tokenizer_directory, worker, cancel_timeout_s=0.2, breaker_failures=1) as router:
+        call = router.inference.Generate(text_request(max_tokens=2000))
+        await call.read()
+        call.cancel()
+        link = router.router.pool.links()[0]
+        await until(lambda: link.breaker.tripped)
+
+
+async def test_a_worker_of_another_model_is_not_used(tokenizer_directory: Path) -> None:
+    """A worker that serves something else is shown as not usable and gets nothing."""
+    worker = ScriptedWorker("other", model="another")
+    await worker.start()
+    async with local_router(tokenizer_directory, [worker.address], no_worker_wait_s=0.1) as router:
+        await asyncio.wait_for(worker.attached.wait(), 10)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await router.collect(text_request())
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+    assert "another" in status.workers[0].policy
+    assert not worker.submitted
+    await worker.stop()
+
+
+async def test_registered_workers_are_found_and_forgotten(tokenizer_directory: Path) -> None:
+    """A worker that announces itself is attached; one that stopped announcing and is gone is forgotten."""
+    worker = ScriptedWorker()
+    await worker.start()
+    async with local_router(tokenizer_directory, []) as router:
+        request = cluster_pb2.RegisterWorkerRequest(address=worker.address, worker_id="w1", ttl_ms=500)
+        await router.cluster.RegisterWorker(request)
+        await router.attached(1)
+        assert (await router.collect(text_request(max_tokens=3))).token_ids == EXPECTED[:3]
+        await worker.stop()
+        await until(lambda: not router.router.pool.links())
+
+
+async def test_roles_change_while_serving(tokenizer_directory: Path) -> None:
+    """SetRole answers when the worker confirms."""
+    worker = ScriptedWorker(role=Role.UNIFIED)
+    async with cluster(tokenizer_directory, worker) as router:
+        request = cluster_pb2.SetRoleRequest(worker_id="w1", role=common_pb2.ROLE_HIGH_PRIORITY)
+        assert (await router.cluster.SetRole(request)).role == common_pb2.ROLE_HIGH_PRIORITY
+        request.worker_id = "nobody"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.cluster.SetRole(request)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -1,0 +1,117 @@
+"""A worker as the policies see it, from telemetry and the router's own requests."""
+
+import pytest
+
+from ascendra.v1 import common_pb2, worker_pb2
+from services.policy.state import Role, Slo
+from services.router.instance import OTHERS, Instance, Placed
+from services.router.mailbox import Mailbox
+from services.router.prediction import token_load_model
+from services.router.request import LiveRequest, RequestSpec
+
+MODEL = token_load_model()
+
+
+def instance() -> Instance:
+    """Return a welcomed LP worker at 100 s."""
+    fresh = Instance("a:1", MODEL)
+    fresh.welcome(worker_pb2.Welcome(worker_id="w", role=common_pb2.ROLE_LOW_PRIORITY, kv_capacity_tokens=1000), 100.0)
+    return fresh
+
+
+def placed(handle: int, prompt_tokens: int = 100, submitted_s: float = 100.0) -> Placed:
+    """Return a placed request."""
+    spec = RequestSpec(
+        request_id=f"r{handle}",
+        prompt=bytes(4 * prompt_tokens),
+        sampling=common_pb2.SamplingParameters(max_tokens=10),
+        slo=Slo(ttft_s=1.0, tbt_s=0.1),
+    )
+    request = LiveRequest(spec, submitted_s, None, Mailbox(10))
+    return Placed(request, 1, handle, request.queued(), submitted_s, 0, submitted_s)
+
+
+def telemetry(**fields: float) -> common_pb2.StepTelemetry:
+    """Return a step's telemetry."""
+    return common_pb2.StepTelemetry(**({"step": 1} | fields))  # type: ignore[arg-type]
+
+
+def test_submissions_count_at_once() -> None:
+    """A request is in the view before the worker has said anything about it."""
+    worker = instance()
+    worker.submitted(placed(1))
+    view = worker.refresh(MODEL, 100.0)
+    assert [queued.request_id for queued in view.queue] == ["r1"]
+    assert view.role is Role.LOW
+
+
+def test_other_routers_load_counts() -> None:
+    """Queued tokens beyond our own are somebody else's, and ahead."""
+    worker = instance()
+    worker.submitted(placed(1))
+    worker.telemetry(telemetry(queued_prefill_tokens=700), 101.0)
+    queue = {queued.request_id: queued for queued in worker.refresh(MODEL, 101.0).queue}
+    assert queue[OTHERS].remaining_tokens == 600
+    assert queue[OTHERS].started
+
+
+def test_progress_of_started_requests_is_inferred() -> None:
+    """What the worker still has queued beyond the waiting ones is left of the started one."""
+    worker = instance()
+    first, second = placed(1), placed(2)
+    worker.submitted(first)
+    worker.submitted(second)
+    first.queued.started = True
+    worker.telemetry(telemetry(queued_prefill_tokens=130), 101.0)
+    view = worker.refresh(MODEL, 101.0)
+    assert [queued.remaining_tokens for queued in view.queue] == [30, 100]
+
+
+def test_what_the_report_cannot_know_is_not_subtracted() -> None:
+    """A request sent after the report leaves the other routers' share as it is."""
+    worker = instance()
+    worker.telemetry(telemetry(queued_prefill_tokens=500), 101.0)
+    worker.submitted(placed(1, submitted_s=101.5))
+    queue = {queued.request_id: queued for queued in worker.refresh(MODEL, 101.6).queue}
+    assert queue[OTHERS].remaining_tokens == 500
+
+
+def test_decodes_leave_the_queue_and_bound_the_gap() -> None:
+    """After its first token a request only bounds the steps; when it ends, nothing is left of it."""
+    worker = instance()
+    one = placed(1)
+    worker.submitted(one)
+    worker.first_token(one)
+    view = worker.refresh(MODEL, 101.0)
+    assert (view.queue, view.min_tbt_s) == ([], 0.1)
+    worker.gone(one)
+    assert worker.refresh(MODEL, 101.0).min_tbt_s == 0.0
+
+
+def test_moves_on_their_way_count() -> None:
+    """An expected request is in the view until it is not expected any more."""
+    worker = instance()
+    worker.expect(placed(5).queued)
+    assert [queued.request_id for queued in worker.refresh(MODEL, 100.0).queue] == ["r5"]
+    worker.expect_no_more("r5")
+    assert worker.refresh(MODEL, 100.0).queue == []
+
+
+def test_a_stall_is_steps_that_stand_still_with_work() -> None:
+    """Silence of an idle engine is none; the time counts from the first work on."""
+    worker = instance()
+    worker.heartbeat(worker_pb2.Heartbeat(), 150.0)
+    assert not worker.stalled(200.0, 5.0)
+    worker.submitted(placed(1, submitted_s=200.0))
+    assert not worker.stalled(204.0, 5.0)
+    assert worker.stalled(206.0, 5.0)
+    worker.telemetry(telemetry(step=2, running=1), 206.0)
+    assert not worker.stalled(207.0, 5.0)
+
+
+def test_the_token_rate_covers_ten_seconds() -> None:
+    """Ten tokens a second show as about ten."""
+    worker = instance()
+    for tenth in range(300):
+        worker.count_tokens(1, 100.0 + tenth / 10)
+    assert worker.rate(130.0) == pytest.approx(10, rel=0.2)
