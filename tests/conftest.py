@@ -21,9 +21,10 @@ def tiny_model() -> Path:
 def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
     """Workers for all engine tests of a session; tests must leave their roles and policies as they found them.
 
-    "cpu" runs the tiny model under our policies; "emulated" does so on A100 step times; "emulated-stock" is plain
-    vLLM scheduling; "emulated-slots" has two slots; "mortal" may be killed and drained, and comes back; it reports to
-    predictor.sock and registers at router.sock, where a test may listen.
+    "cpu" and "cpu-async" run the tiny model under our policies; "emulated" does so on A100 step times;
+    "emulated-stock" is plain vLLM scheduling; "emulated-slots" has two slots; "leaver" is stopped by one test;
+    "mortal" may be killed and drained, and comes back; it reports to predictor.sock and registers at router.sock,
+    where a test may listen.
     """
     # Socket paths are limited to about a hundred bytes, which pytest's own directories use up.
     with tempfile.TemporaryDirectory(prefix="ascendra-") as directory:
@@ -38,9 +39,11 @@ def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
 def _session_workers(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
     return {
         "cpu": cpu_worker(tiny_model, role="low"),
+        "cpu-async": cpu_worker(tiny_model, async_scheduling="on"),
         "emulated": emulated_worker(),
         "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
         "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
+        "leaver": emulated_worker(),
         "mortal": emulated_worker(
             predictor=f"unix:{directory / 'predictor.sock'}",
             routers=[f"unix:{directory / 'router.sock'}"],

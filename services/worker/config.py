@@ -35,6 +35,9 @@ class WorkerConfig:
     tensor_parallel_size: int = option(1, "GPUs the model is split over")
     prefix_caching: bool = option(True, "reuse the KV cache of shared prefixes")
     guided_decoding: bool = option(True, "load the tokenizer, for structured output and bad words")
+    async_scheduling: Literal["auto", "on", "off"] = option(
+        "auto", "schedule a step while the one before it runs; auto: on CUDA"
+    )
     cpu_threads: int = option(1, "OpenMP threads of the CPU engine")
     step_time_profile: str = option(
         "", "step-time model to start with: a profile's name or a JSON file; the emulated engine's step times"
@@ -88,6 +91,7 @@ class WorkerConfig:
             tensor_parallel_size=self.tensor_parallel_size,
             prefix_caching=self.prefix_caching,
             guided_decoding=self.guided_decoding and not emulated,
+            async_scheduling=self.async_scheduling,
             jitter_sigma=self.jitter_sigma,
             emulated_step_time=profile if emulated else None,
             step_time=profile,

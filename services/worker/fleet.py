@@ -122,7 +122,7 @@ class Fleet:
         assert member.process is not None
         member.process.join()
         status = member.process.exitcode or 0
-        restart = self._restart and self._killing_at_s is None and status != 0
+        restart = self._restart and self._killing_at_s is None
         emit("worker_exited", file=str(member.file), pid=member.process.pid, status=status, restart=restart)
         member.process = None
         if restart:
@@ -164,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--worker", metavar="FILE", action="append", required=True, type=Path, help="configuration of one worker"
     )
-    parser.add_argument("--restart", action="store_true", help="start a worker that died again")
+    parser.add_argument(
+        "--restart", action="store_true", help="start a worker again that ended, also after a SIGTERM of its own"
+    )
     arguments = parser.parse_args(argv)
     try:
         members = [Member(file, resolve(WorkerConfig, file=file, environ=os.environ)) for file in arguments.worker]

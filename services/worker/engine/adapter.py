@@ -277,6 +277,9 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         log.warning("stock_priority_scheduling", vllm=vllm.__version__, reason="the scheduler interface has changed")
         options["scheduling_policy"] = "priority"
     config = AsyncEngineArgs(**options).create_engine_config()
+    if settings.async_scheduling != "auto":
+        # Set on the finished configuration: the CPU platform turns it off while one is made.
+        config.scheduler_config.async_scheduling = settings.async_scheduling == "on"
     if settings.engine != "cuda":
         # The CPU platform asks for spawn, which imports everything again; nothing here forbids fork.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

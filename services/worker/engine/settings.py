@@ -43,6 +43,8 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     prefix_caching: bool = True
     guided_decoding: bool = True
+    async_scheduling: str = "auto"
+    """"auto" leaves it to vLLM, "on" or "off"."""
     jitter_sigma: float = 0.0
     """Emulated engine only: standard deviation of log(step time)."""
     emulated_step_time: StepTimeModel | None = None

@@ -117,7 +117,7 @@ async def test_withdraw_is_atomic(fleet: WorkerFleet) -> None:
         assert not any(stream.token_ids or stream.started for stream in waiting[1:])
 
 
-@pytest.mark.parametrize("worker", ["cpu", "emulated-slots"])
+@pytest.mark.parametrize("worker", ["cpu", "cpu-async", "emulated-slots"])
 async def test_withdraw_races_with_the_start(fleet: WorkerFleet, worker: str) -> None:
     """Withdrawals that race with scheduling split every batch into withdrawn without a token and kept with all."""
     async with AttachClient(fleet.address(worker)) as client:

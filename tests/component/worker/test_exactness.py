@@ -1,13 +1,14 @@
 """Tokens of a CPU worker under our scheduler against an untouched vLLM, unmoved and continued."""
 
 import asyncio
+import functools
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tokenizers import Tokenizer
@@ -24,20 +25,36 @@ _random = random.Random(20)
 PROMPTS = [[_random.randrange(3, VOCAB_SIZE) for _ in range(_random.randrange(4, 400))] for _ in range(24)]
 
 
+class Oracle:
+    """An untouched vLLM at work on PROMPTS in a process of its own."""
+
+    def __init__(self, model: Path) -> None:
+        command = [sys.executable, "-m", "tests.support.plain_vllm", str(model)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([[prompt, MAX_TOKENS] for prompt in PROMPTS]))
+        self.process.stdin.close()
+        self.process.stdin = None
+
+    @functools.cached_property
+    def _answer(self) -> list[list[int]]:
+        answer, errors = self.process.communicate(timeout=110)
+        assert self.process.returncode == 0, errors[-2000:]
+        return cast("list[list[int]]", json.loads(answer))
+
+    def tokens(self) -> list[list[int]]:
+        """Return its tokens, when it is done."""
+        return self._answer
+
+
 @pytest.fixture(scope="module")
-def oracle(tiny_model: Path) -> Iterator["subprocess.Popen[str]"]:
-    """An untouched vLLM at work on PROMPTS."""
-    cases = json.dumps([[prompt, MAX_TOKENS] for prompt in PROMPTS])
-    command = [sys.executable, "-m", "tests.support.plain_vllm", str(tiny_model)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdin is not None
-    process.stdin.write(cases)
-    process.stdin.close()
-    process.stdin = None
-    yield process
-    process.kill()
-    process.wait()
+def oracle(tiny_model: Path) -> Iterator[Oracle]:
+    """The oracle, started before it is needed."""
+    started = Oracle(tiny_model)
+    yield started
+    started.process.kill()
+    started.process.wait()
 
 
 async def run_all(client: AttachClient, streams: list[Stream]) -> list[list[int]]:
@@ -46,9 +63,10 @@ async def run_all(client: AttachClient, streams: list[Stream]) -> list[list[int]
     return [stream.token_ids for stream in streams]
 
 
-async def test_tokens_equal_plain_vllm(oracle: "subprocess.Popen[str]", fleet: WorkerFleet) -> None:
+@pytest.mark.parametrize("worker", ["cpu", "cpu-async"])
+async def test_tokens_equal_plain_vllm(oracle: Oracle, fleet: WorkerFleet, worker: str) -> None:
     """Concurrent requests under our order and budget give the very tokens of an untouched vLLM, also when continued."""
-    async with AttachClient(fleet.address("cpu")) as client:
+    async with AttachClient(fleet.address(worker)) as client:
         tokens = await run_all(
             client,
             [client.submit(p, max_tokens=MAX_TOKENS, ttft_ms=500 + 37 * i, tbt_ms=30) for i, p in enumerate(PROMPTS)],
@@ -62,9 +80,7 @@ async def test_tokens_equal_plain_vllm(oracle: "subprocess.Popen[str]", fleet: W
             ],
         )
         assert any(step.prefill_tokens and step.decodes for step in client.telemetry), "no step was mixed"
-    answer, errors = await asyncio.to_thread(oracle.communicate, timeout=110)
-    assert oracle.returncode == 0, errors[-2000:]
-    assert tokens == json.loads(answer)
+    assert tokens == await asyncio.to_thread(oracle.tokens)
     assert continued == [generated[cut:] for generated, cut in zip(tokens, cuts, strict=True)]
     assert len({tuple(generated) for generated in tokens}) == len(PROMPTS)
 

@@ -128,6 +128,23 @@ async def test_drain_refuses_new_finishes_old_and_cancels_late(fleet: WorkerFlee
     assert await health(fleet.address("mortal")) == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_sigterm_drains(fleet: WorkerFleet) -> None:
+    """SIGTERM to a worker is announced, lets running requests finish, and ends the process with status 0."""
+    pid = fleet.pid("leaver")
+    async with AttachClient(fleet.address("leaver")) as client:
+        stream = client.submit(PROMPT, max_tokens=40)
+        await stream.first_token.wait()
+        os.kill(pid, signal.SIGTERM)
+        await client.until(lambda: bool(client.of_kind("draining")))
+        late = await client.submit(PROMPT, max_tokens=5).finish()
+        assert late.failed is not None
+        assert late.failed.reason == "DRAINING"
+        await stream.finish()
+        assert len(stream.token_ids) == 40
+    exited = await asyncio.to_thread(fleet.wait_for, "worker_exited", pid=pid, timeout_s=30)
+    assert (exited["status"], exited["restart"]) == (0, False)
+
+
 async def test_metrics(fleet: WorkerFleet) -> None:
     """vLLM's metrics keep their names and ours stand beside them."""
     async with AttachClient(fleet.address("cpu")) as client:
