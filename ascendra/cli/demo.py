@@ -121,11 +121,12 @@ async def _show_stream(session: Session, console: Console, question: str) -> Non
 
 def slo_table(outcomes: Sequence[Outcome]) -> Table:
     """Return what became of the objectives, by class, as the client measured it."""
-    table = Table(title="Objectives, measured at the client", title_justify="left", box=None, pad_edge=False)
-    table.add_column("class")
-    for name in ("TTFT / TBT objective", "requests", "TTFT p50", "TTFT p99", "gap p99", "attained", "offloaded"):
-        table.add_column(name, justify="right")
-    table.add_column("first token by")
+    title = "Objectives (TTFT/TBT) and what was measured at the client, in milliseconds"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("class", no_wrap=True)
+    for name in ("objective", "sent", "TTFT p50", "p99", "gap p99", "met", "offloaded"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first token", no_wrap=True)
     for load_class in CLASSES:
         mine = [outcome for outcome in outcomes if outcome.load_class is load_class]
         if not mine:
@@ -133,11 +134,11 @@ def slo_table(outcomes: Sequence[Outcome]) -> Table:
         ttfts_s = [outcome.ttft_s for outcome in mine if outcome.ttft_s is not None]
         table.add_row(
             load_class.name,
-            f"{load_class.slo.ttft_ms:g} / {load_class.slo.tbt_ms:g} ms",
+            f"{load_class.slo.ttft_ms:g}/{load_class.slo.tbt_ms:g}",
             str(len(mine)),
-            f"{percentile(ttfts_s, 0.5) * 1000:.0f} ms",
-            f"{percentile(ttfts_s, 0.99) * 1000:.0f} ms",
-            f"{percentile((outcome.p99_gap_s for outcome in mine), 0.99) * 1000:.0f} ms",
+            f"{percentile(ttfts_s, 0.5) * 1000:.0f}",
+            f"{percentile(ttfts_s, 0.99) * 1000:.0f}",
+            f"{percentile((outcome.p99_gap_s for outcome in mine), 0.99) * 1000:.0f}",
             f"{sum(outcome.attained for outcome in mine) / len(mine):.1%}",
             str(sum(_was_offloaded(outcome) for outcome in mine)),
             _pools(mine),
@@ -147,7 +148,7 @@ def slo_table(outcomes: Sequence[Outcome]) -> Table:
 
 def _pools(outcomes: Sequence[Outcome]) -> str:
     pools = Counter(outcome.receipt.pool for outcome in outcomes if outcome.receipt and outcome.receipt.pool)
-    return ", ".join(f"{_POOLS[pool]} {count}" for pool, count in pools.most_common())
+    return " ".join(f"{_POOLS[pool]} {count}" for pool, count in pools.most_common())
 
 
 def _was_offloaded(outcome: Outcome) -> bool:

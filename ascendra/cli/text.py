@@ -24,6 +24,7 @@ def add_commands(commands: Commands) -> None:
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message, by the template")
     generate.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
     generate.add_argument("--json", action="store_true", help="print one JSON object with text, ids and receipt")
+    generate.add_argument("--request-id", metavar="ID", help="id for logs and `ascendra explain` (default: made up)")
     generate.add_argument("--quiet", action="store_true", help="leave out the line about latency on stderr")
     add_request_options(generate)
     add_address(generate)
@@ -44,7 +45,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if not prompt:
         raise CliError("the prompt is empty", hint='ascendra generate "Once upon a time"', exit_status=2)
     options = request_options(arguments)
-    options["request_id"] = uuid.uuid4().hex[:12]
+    options["request_id"] = arguments.request_id or uuid.uuid4().hex[:12]
     if arguments.chat or arguments.system:
         options["messages"] = [*_system(arguments.system), Message("user", prompt)]
         prompt = None

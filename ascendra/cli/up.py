@@ -14,6 +14,8 @@ from rich.console import Console
 from ascendra.cli.cluster import ClusterSpec, LocalCluster, checkout
 from ascendra.cli.options import DEFAULT_ADDRESS, CliError, Commands
 
+_ECHO_S = 1.0
+"""Wrappers such as `timeout` pass Ctrl-C on although the terminal has sent it already."""
 MODEL_VARIABLE = "ASCENDRA_MODEL"
 
 
@@ -107,13 +109,18 @@ async def running_cluster(
     stop = asyncio.Event()
     cluster = LocalCluster(spec, lambda line: console.print(line, style="dim"))
 
+    loop = asyncio.get_running_loop()
+    asked_at_s = 0.0
+
     def on_signal() -> None:
-        if stop.is_set():
+        nonlocal asked_at_s
+        if not stop.is_set():
+            asked_at_s = loop.time()
+        elif loop.time() - asked_at_s > _ECHO_S:
             console.print("killing what still runs")
             cluster.kill()
         stop.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
