@@ -22,7 +22,8 @@ def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
     """Workers for all engine tests of a session; tests must leave their roles and policies as they found them.
 
     "cpu" and "cpu-async" run the tiny model under our policies; "emulated" does so on A100 step times;
-    "emulated-stock" is plain vLLM scheduling; "emulated-slots" has two slots; "leaver" is stopped by one test;
+    "emulated-stock" is plain vLLM scheduling; "emulated-slots" has two slots, and
+    "emulated-priority" too, under vLLM's own priorities; "leaver" is stopped by one test;
     "mortal" may be killed and drained, and comes back; it reports to predictor.sock and registers at router.sock,
     where a test may listen.
     """
@@ -43,6 +44,7 @@ def _session_workers(tiny_model: Path, directory: Path) -> dict[str, dict[str, A
         "emulated": emulated_worker(),
         "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
         "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
+        "emulated-priority": emulated_worker(max_num_seqs=2, scheduler="stock"),
         "leaver": emulated_worker(),
         "mortal": emulated_worker(
             predictor=f"unix:{directory / 'predictor.sock'}",

@@ -35,6 +35,9 @@ class WorkerConfig:
     tensor_parallel_size: int = option(1, "GPUs the model is split over")
     prefix_caching: bool = option(True, "reuse the KV cache of shared prefixes")
     guided_decoding: bool = option(True, "load the tokenizer, for structured output and bad words")
+    scheduler: Literal["policy", "stock"] = option(
+        "policy", "stock: vLLM's own scheduler with priority by deadline, also used when ours does not fit vLLM"
+    )
     async_scheduling: Literal["auto", "on", "off"] = option(
         "auto", "schedule a step while the one before it runs; auto: on CUDA"
     )
@@ -91,6 +94,7 @@ class WorkerConfig:
             tensor_parallel_size=self.tensor_parallel_size,
             prefix_caching=self.prefix_caching,
             guided_decoding=self.guided_decoding and not emulated,
+            stock_scheduler=self.scheduler == "stock",
             async_scheduling=self.async_scheduling,
             jitter_sigma=self.jitter_sigma,
             emulated_step_time=profile if emulated else None,

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from ascendra.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from services.common.errors import InvalidArgument, ResourceExhausted
+from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
 from services.common.logging import get_logger
 from services.worker import metrics
 from services.worker.engine.contract import Delta, EngineDead, EngineRequest, RejectedByEngine
@@ -78,7 +78,12 @@ class Attachment:
     ) -> AsyncGenerator[worker_pb2.AttachResponse, None]:
         """Yield what the router should hear until it closes its side, or the engine dies."""
         worker = self._worker
-        yield worker_pb2.AttachResponse(welcome=await worker.welcome())
+        try:
+            welcome = await worker.welcome()
+        except EngineDead:
+            worker.report_engine_death()
+            raise Unavailable("the engine died", reason="ENGINE_DIED", retry_safe=True) from None
+        yield worker_pb2.AttachResponse(welcome=welcome)
         worker.outboxes.add(self._outbox)
         metrics.ROUTERS.inc()
         log.info("router_attached", router_id=self._router_id)
@@ -113,6 +118,10 @@ class Attachment:
         try:
             async for request in requests:
                 await self._handle(request)
+        except grpc.aio.AioRpcError as error:
+            log.info("router_stream_broken", router_id=self._router_id, status=error.code().name)
+        except Exception:
+            log.exception("router_stream_failed", router_id=self._router_id)
         finally:
             self._outbox.close()
 
@@ -183,6 +192,8 @@ class Attachment:
 
     def _deliver(self, live: LiveRequest, delta: Delta) -> None:
         outbox = self._outbox
+        if not self._worker.engine.info.policies:
+            self._worker.steps += 1  # no telemetry says that the engine moves on; its tokens do
         if delta.token_ids:
             outbox.put_tokens(live.handle, delta.token_ids, delta.logprobs)
         if not delta.finish:

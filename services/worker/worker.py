@@ -107,7 +107,7 @@ class Worker:
         """Say how the engine is."""
         last = self.last_step
         if last is None:
-            return worker_pb2.Heartbeat(waiting=len(self.live))
+            return worker_pb2.Heartbeat(steps=self.steps, waiting=len(self.live))
         return worker_pb2.Heartbeat(
             steps=self.steps, waiting=last.waiting, running=last.running, kv_usage=last.kv_usage
         )

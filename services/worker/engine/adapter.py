@@ -1,7 +1,7 @@
 """The only front-end module that imports vLLM: `contract.Engine` over `AsyncLLM`.
 
 It touches vLLM's stable surface only: AsyncEngineArgs, AsyncLLM.from_vllm_config / generate / shutdown / errored,
-SamplingParams, tokens_input and EngineCoreClient.call_utility_async.
+SamplingParams and EngineCoreClient.call_utility_async.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from typing import Any
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -116,7 +115,8 @@ class VllmEngine:
         deadline_ms = round((standing.arrival_s + standing.ttft_slo_s) * 1000)
         try:
             outputs = self._llm.generate(
-                tokens_input(request.token_ids),
+                # A typed dict is taken as it is; an untyped prompt would go through a thread pool, out of order.
+                {"type": "token", "prompt_token_ids": request.token_ids},
                 self._sampling_params(request),
                 standing.request_id,
                 priority=deadline_ms if not self.info.policies else 0,
@@ -126,8 +126,10 @@ class VllmEngine:
                     yield _delta(output)
         except EngineDeadError as error:
             raise EngineDead("the engine core died") from error
-        except (VLLMValidationError, EngineGenerateError, ValueError) as error:
+        except (VLLMValidationError, ValueError) as error:
             raise RejectedByEngine(str(error)) from error
+        except EngineGenerateError as error:
+            raise RejectedByEngine(str(error.__cause__ or error)) from error
 
     async def withdraw(self, request_ids: Sequence[str]) -> WithdrawOutcome:
         """Take back requests that were never scheduled, atomically."""
@@ -271,11 +273,11 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         }
         options |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
         options["distributed_executor_backend"] = _resolve(_EXECUTOR)
-    if _scheduler_fits():
-        options["scheduler_cls"] = _SCHEDULER
-    else:
-        log.warning("stock_priority_scheduling", vllm=vllm.__version__, reason="the scheduler interface has changed")
+    if settings.stock_scheduler or not _scheduler_fits():
+        log.warning("stock_priority_scheduling", vllm=vllm.__version__, asked_for=settings.stock_scheduler)
         options["scheduling_policy"] = "priority"
+    else:
+        options["scheduler_cls"] = _SCHEDULER
     config = AsyncEngineArgs(**options).create_engine_config()
     if settings.async_scheduling != "auto":
         # Set on the finished configuration: the CPU platform turns it off while one is made.

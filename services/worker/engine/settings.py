@@ -43,6 +43,8 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     prefix_caching: bool = True
     guided_decoding: bool = True
+    stock_scheduler: bool = False
+    """vLLM's own scheduler with priority by deadline, instead of ours: no policies, no telemetry, no withdrawal."""
     async_scheduling: str = "auto"
     """"auto" leaves it to vLLM, "on" or "off"."""
     jitter_sigma: float = 0.0

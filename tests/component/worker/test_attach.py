@@ -155,6 +155,20 @@ async def test_cancel_frees_the_slot_within_two_steps(fleet: WorkerFleet) -> Non
         await successor.finish()
 
 
+async def test_the_stock_scheduler_keeps_what_it_is_asked_back(fleet: WorkerFleet) -> None:
+    """Without our scheduler nothing can be withdrawn atomically, so everything is kept; cancelling works."""
+    async with AttachClient(fleet.address("emulated-priority")) as client:
+        assert client.welcome.policy.value_function == "edf"
+        running = [client.submit(prompt(20), max_tokens=3000) for _ in range(2)]
+        waiting = client.submit(prompt(20), max_tokens=3)
+        await running[0].first_token.wait()
+        answer = await client.withdraw(waiting)
+        assert list(answer.kept_handles) == [waiting.handle]
+        client.cancel(*running)
+        await waiting.finish()
+        assert len(waiting.token_ids) == 3
+
+
 async def test_ending_the_stream_aborts_its_requests(fleet: WorkerFleet) -> None:
     """When a router goes away its slots are free for others, whose own requests go on."""
     async with AttachClient(fleet.address("emulated-slots"), "stays") as staying:

@@ -61,9 +61,10 @@ async def test_tokens_depend_on_the_history_only(fleet: WorkerFleet) -> None:
     assert len(set(whole.token_ids)) > 8
 
 
-async def test_requests_start_in_the_order_of_their_deadlines(fleet: WorkerFleet) -> None:
-    """With one free slot at a time, waiting requests of equal length start by deadline, not by arrival."""
-    async with AttachClient(fleet.address("emulated-slots")) as client:
+@pytest.mark.parametrize("worker", ["emulated-slots", "emulated-priority"])
+async def test_requests_start_in_the_order_of_their_deadlines(fleet: WorkerFleet, worker: str) -> None:
+    """Under our scheduler and under the stock fallback, waiting requests start by deadline, not by arrival."""
+    async with AttachClient(fleet.address(worker)) as client:
         blockers = [client.submit(prompt(50), max_tokens=30, ttft_ms=1000) for _ in range(2)]
         for blocker in blockers:
             await blocker.first_token.wait()

@@ -1,5 +1,9 @@
 """Parts of the engine core that need vLLM's modules but no engine."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from services.worker.engine.core.compatibility import scheduler_mismatches
@@ -26,6 +30,36 @@ class OldScheduler:
 def test_the_installed_scheduler_is_the_one_we_extend() -> None:
     """vLLM's scheduler has the methods, parameters and attributes that our mixin relies on."""
     assert scheduler_mismatches() == []
+
+
+def test_the_front_end_has_what_the_adapter_uses() -> None:
+    """Every argument that the adapter passes to vLLM exists in the installed version."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    def missing(callable_: Callable[..., Any], *names: str) -> set[str]:
+        return set(names) - set(inspect.signature(callable_).parameters)
+
+    assert not missing(AsyncLLM.generate, "prompt", "sampling_params", "request_id", "priority")
+    assert not missing(AsyncLLM.from_vllm_config, "vllm_config", "stat_loggers", "disable_log_stats")
+    assert not missing(AsyncMPClient.call_utility_async, "method", "args")
+    assert not missing(StructuredOutputsParams, "json", "regex", "grammar")
+    assert not missing(
+        AsyncEngineArgs,
+        *("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed", "dtype", "scheduling_policy"),
+        *("enable_prefix_caching", "tensor_parallel_size", "skip_tokenizer_init", "additional_config", "block_size"),
+        *("kv_cache_memory_bytes", "enforce_eager", "logits_processors", "distributed_executor_backend"),
+        "scheduler_cls",
+    )
+    assert not missing(
+        SamplingParams,
+        *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+        *("seed", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias", "bad_words"),
+        *("allowed_token_ids", "structured_outputs", "detokenize", "output_kind", "extra_args"),
+    )
+    assert isinstance(AsyncLLM.errored, property)
 
 
 def test_another_scheduler_is_recognised() -> None:
