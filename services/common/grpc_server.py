@@ -48,7 +48,8 @@ async def start_grpc_server(
     listen: str, register: Register, *, reuse_port: bool = False, serving: bool = True
 ) -> GrpcServer:
     """Start a server on host:port (port 0 picks one) or unix:PATH and return it with its real address."""
-    options = [*SERVER_OPTIONS, ("grpc.so_reuseport", 1)] if reuse_port else SERVER_OPTIONS
+    # The first of two equal options counts.
+    options = [("grpc.so_reuseport", 1), *SERVER_OPTIONS] if reuse_port else SERVER_OPTIONS
     server = grpc.aio.server(options=options, interceptors=[CallScope()])
     services = register(server)
     health_servicer = health_aio.HealthServicer()

@@ -69,6 +69,8 @@ class Dispatcher:
         """Called when waiting requests should be looked at again."""
         self.placed_elsewhere: Callable[[WorkerLink, worker_pb2.Withdrawn], None] = lambda link, withdrawn: None
         """Takes the answer to a withdrawal."""
+        self.withdrawals_lost: Callable[[WorkerLink], None] = lambda link: None
+        """Called when a worker will not answer withdrawals any more."""
         self.drain_waiting: Callable[[WorkerLink], None] = lambda link: None
         """Called when a worker's waiting requests should leave it."""
         self._decision_log = decision_log
@@ -292,6 +294,10 @@ class Dispatcher:
 
     def on_down(self, link: WorkerLink, orphans: Sequence[Placed], why: str) -> None:
         """Move what was on a worker whose stream ended."""
+        self.withdrawals_lost(link)
+        for twin in self.links():
+            if twin is not link and twin.refused_why and twin.worker_id == link.worker_id:
+                twin.sever("its twin is gone")
         for placed in orphans:
             self._where.pop(placed.request.spec.request_id, None)
         for placed in orphans:

@@ -69,6 +69,7 @@ class Rebalancer:
         """Requests at risk that no HP could take."""
         dispatcher.work_changed = self._changed.set
         dispatcher.placed_elsewhere = self.on_withdrawn
+        dispatcher.withdrawals_lost = self.on_lost
         dispatcher.drain_waiting = self.drain_waiting
 
     async def run(self) -> None:
@@ -117,6 +118,13 @@ class Rebalancer:
         for transfer in self._transfers.pop((link.address, withdrawn.withdraw_id), ()):
             self._settle(link, transfer, handed_back=transfer.placed.handle in gone)
         self._changed.set()
+
+    def on_lost(self, link: WorkerLink) -> None:
+        """Forget withdrawals that nobody will answer: the dispatcher moves their requests."""
+        for key in [key for key in self._transfers if key[0] == link.address]:
+            for transfer in self._transfers.pop(key):
+                if transfer.target is not None:
+                    transfer.target.instance.expect_no_more(transfer.placed.request.spec.request_id)
 
     def _queue(self, link: WorkerLink, now_s: float) -> _Queue:
         view = self._dispatcher.view(link, now_s)

@@ -36,6 +36,7 @@ class RouterProcess:
         command = [sys.executable, "-m", "services.router", "--config", str(file)]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True)
+        self._terminated = False
         self._ready: dict[str, Any] = {}
         self._said = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -67,13 +68,14 @@ class RouterProcess:
                 raise RuntimeError(f"the router did not start; its log ends:\n{tail}")
 
     def terminate(self) -> None:
-        """Ask it to drain and stop."""
-        self.process.send_signal(signal.SIGTERM)
+        """Ask it, once, to drain and stop."""
+        if self.process.poll() is None and not self._terminated:
+            self._terminated = True
+            self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> int:
         """Stop it and return its exit status."""
-        if self.process.poll() is None:
-            self.terminate()
+        self.terminate()
         try:
             self.process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
