@@ -18,8 +18,8 @@ from ascendra.session import Session
 from ascendra.types import Message, Role, SamplingParams, Slo
 
 CLASSES = (
-    LoadClass(name="interactive", slo=Slo(ttft_ms=1500, tbt_ms=200), share=0.75, sentences=0, max_tokens=32),
-    LoadClass(name="batch", slo=Slo(ttft_ms=10_000, tbt_ms=1000), share=0.25, sentences=40, max_tokens=48),
+    LoadClass(name="interactive", slo=Slo(ttft_ms=500, tbt_ms=200), share=0.6, burst=1, sentences=0, max_tokens=32),
+    LoadClass(name="batch", slo=Slo(ttft_ms=2000, tbt_ms=500), share=0.4, burst=16, sentences=70, max_tokens=32),
 )
 _SHOWN_STREAMS = 3
 _POOLS = {Role.LOW: "LP", Role.HIGH: "HP", Role.UNIFIED: "unified"}
@@ -34,7 +34,7 @@ def add_commands(commands: Commands) -> None:
         "objectives were met, and stop.",
     )
     demo.add_argument(
-        "--rate", type=float, metavar="RPS", default=4.0, help="mean requests per second (default: %(default)s)"
+        "--rate", type=float, metavar="RPS", default=10.0, help="mean requests per second (default: %(default)s)"
     )
     demo.add_argument(
         "--seconds", type=float, metavar="S", default=20.0, help="how long to send, in seconds (default: %(default)s)"
@@ -79,11 +79,13 @@ async def _load(
 ) -> None:
     """Send the load and, beside it, a few questions whose answers are printed as they come."""
     async with AsyncClient(list(cluster.addresses.values())) as client, client.session() as session:
-        console.print(
-            f"\n{arguments.rate:g} requests per second for {arguments.seconds:g} s: "
-            + ", ".join(f"{load_class.share:.0%} {load_class.name}" for load_class in CLASSES)
-            + ". Some answers as they arrive (the demo model is small and was trained for seconds):"
+        kinds = " and ".join(
+            f"{load_class.share:.0%} {'long' if load_class.sentences else 'short'} ({load_class.name})"
+            + (f" in bursts of {load_class.burst}" if load_class.burst > 1 else "")
+            for load_class in CLASSES
         )
+        console.print(f"\n{arguments.rate:g} requests per second for {arguments.seconds:g} s, {kinds}.")
+        console.print("Some answers as they arrive; the demo model is tiny and was trained for seconds:")
         async with asyncio.TaskGroup() as tasks:
             load = tasks.create_task(
                 run_load(

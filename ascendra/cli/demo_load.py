@@ -32,6 +32,8 @@ class LoadClass:
     slo: Slo
     share: float
     """Share of the requests, 0 to 1."""
+    burst: int
+    """Requests that come together."""
     sentences: int
     """Sentences of context in the prompt; 0: a short question."""
     max_tokens: int
@@ -90,17 +92,32 @@ async def run_load(
         seed: of times and prompts.
         outcomes: receives one entry for each request, in the order of sending.
     """
-    rng = random.Random(seed)
+    async with asyncio.TaskGroup() as tasks:
+        for load_class in classes:
+            rng = random.Random(f"{seed} {load_class.name}")
+            tasks.create_task(_arrivals(session, load_class, rate_rps, seconds, rng, outcomes))
+
+
+async def _arrivals(
+    session: Session,
+    load_class: LoadClass,
+    rate_rps: float,
+    seconds: float,
+    rng: random.Random,
+    outcomes: list[Outcome],
+) -> None:
+    """Send the requests of one class: bursts as a Poisson process."""
+    bursts_per_s = rate_rps * load_class.share / load_class.burst
     began_s = time.monotonic()
-    at_s = rng.expovariate(rate_rps)
+    at_s = rng.expovariate(bursts_per_s)
     async with asyncio.TaskGroup() as tasks:
         while at_s < seconds:
             await asyncio.sleep(began_s + at_s - time.monotonic())
-            [load_class] = rng.choices(classes, [load_class.share for load_class in classes])
-            outcome = Outcome(load_class, f"demo-{seed}-{len(outcomes)}")
-            outcomes.append(outcome)
-            tasks.create_task(_send(session, outcome, load_class.messages(rng)))
-            at_s += rng.expovariate(rate_rps)
+            for _ in range(load_class.burst):
+                outcome = Outcome(load_class, f"demo-{load_class.name}-{len(outcomes)}")
+                outcomes.append(outcome)
+                tasks.create_task(_send(session, outcome, load_class.messages(rng)))
+            at_s += rng.expovariate(bursts_per_s)
 
 
 async def _send(session: Session, outcome: Outcome, messages: list[Message]) -> None:

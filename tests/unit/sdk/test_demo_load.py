@@ -6,7 +6,7 @@ from ascendra import Slo, wire
 from ascendra.cli.demo_load import LoadClass, Outcome, percentile
 from ascendra.v1 import inference_pb2
 
-CLASS = LoadClass(name="c", slo=Slo(ttft_ms=100, tbt_ms=50), share=1, sentences=3, max_tokens=4)
+CLASS = LoadClass(name="c", slo=Slo(ttft_ms=100, tbt_ms=50), share=1, burst=1, sentences=3, max_tokens=4)
 RECEIPT = wire.receipt_from_wire(inference_pb2.SloReceipt())
 
 
