@@ -37,7 +37,13 @@ class Breaker:
         self._tripped = self._trial_out = False
 
     def failed(self, now_s: float) -> bool:
-        """Count a failure; True when it opened the circuit."""
+        """Count a failure; True when it opened the circuit.
+
+        While it is open only the trial counts: what was under way when a worker died fails with it, and says nothing of
+        the worker that takes its place.
+        """
+        if self._tripped and not self._trial_out:
+            return False
         self._failures += 1
         if self._tripped or self._failures >= self.failures_to_open:
             pause_s = min(self.open_s * 2**self._opened_times, _LONGEST_OPEN_S)

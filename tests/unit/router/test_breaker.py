@@ -41,4 +41,14 @@ def test_the_pause_is_bounded() -> None:
     for _ in range(50):
         breaker.failed(now_s)
         assert breaker.allows(now_s + 30.0)
+        breaker.sent()
         now_s += 30.0
+
+
+def test_failures_of_one_death_open_it_once() -> None:
+    """The many requests that fail with a worker do not lengthen the pause."""
+    breaker = Breaker(3, 2.0)
+    opened = [breaker.failed(1.0) for _ in range(80)]
+    assert opened.count(True) == 1
+    assert not breaker.allows(2.9)
+    assert breaker.allows(3.0)
