@@ -23,8 +23,9 @@ class OrderPolicy:
     pause_started: bool = True
     """Partly prefilled requests are ordered like all others and, when outranked, wait with their KV blocks; otherwise
     they come first. In overload it keeps 2% more of all requests and 14% more of the longest tenth."""
-    relegated_share: float = 0.01
-    """Share of capacity that overdue relegated requests may take ahead of the others; for RelegatedTurns."""
+    relegated_share: float = 0.005
+    """Share of capacity that overdue relegated requests may take ahead of the others; for RelegatedTurns. In overload
+    each hundredth costs near 1% of all requests, so it only keeps waits from being endless: admission bounds them."""
     relegated_after_s: float = 20.0
     """A relegated request is overdue this long after its arrival."""
 
@@ -89,7 +90,8 @@ def order_waiting(
         overdue = relegated.pop(0)
         result.ordered.append(overdue)
         result.promoted.append(overdue.request_id)
-        work_s += pace.remaining_work_s(overdue)
+        # It runs chunk by chunk while credit lasts, not to its end.
+        work_s += min(pace.remaining_work_s(overdue), max(credit_s, pace.capacity_s))
 
     given_up: list[QueuedRequest] = []
     for entries in classes:

@@ -58,7 +58,7 @@ class RelegatedTurns:
     ahead of its place; while it is positive, the next overdue one may go first.
     """
 
-    def __init__(self, share: float, burst_s: float = 0.2) -> None:
+    def __init__(self, share: float, burst_s: float = 0.1) -> None:
         """Start with no credit.
 
         Args:

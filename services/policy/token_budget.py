@@ -21,7 +21,7 @@ class BudgetPolicy:
     """Most tokens of a step (decodes included), whatever the slack."""
     floor_tokens: int = 32
     """Prefill tokens that a step gets even when the decodes leave no slack, so that prefill progresses."""
-    delivery_s: float = 0.002
+    delivery_s: float = 0.001
     """Part of each gap that passes outside the step: output processing and the way to the client."""
 
     def __post_init__(self) -> None:

@@ -111,6 +111,15 @@ def test_an_overdue_relegated_request_always_gets_its_turn() -> None:
     raise AssertionError("the relegated request never came first")
 
 
+def test_a_turn_of_an_overdue_request_relegates_nobody_for_its_whole_length() -> None:
+    """A long overdue prompt runs chunk by chunk: one that makes it behind a chunk is kept."""
+    overdue = waiting("overdue", 8000, -30.0, relegated=True)
+    kept = waiting("kept", 4000, 0.0, 1.0)
+    order = order_waiting([overdue, kept], 0.0, PACE, OrderPolicy(), credit_s=0.01)
+    assert names(order.ordered) == ["overdue", "kept"]
+    assert order.newly_relegated == []
+
+
 def test_relegated_requests_that_still_make_it_come_before_hopeless_ones() -> None:
     """With room to spare, a relegated request whose deadline is reachable is served before older lost ones."""
     queue = [waiting("lost", 100, -10.0, relegated=True), waiting("hopeful", 100, 0.0, relegated=True)]
