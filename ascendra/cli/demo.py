@@ -70,6 +70,7 @@ async def _demo(arguments: argparse.Namespace, console: Console) -> int:
         return 0  # stopped before it began
     console.print()
     console.print(slo_table(outcomes))
+    console.print("offl.: moved to HP before they missed; tick.: taken by an idle HP", style="dim")
     _print_failures(outcomes, console)
     return 0 if any(outcome.receipt for outcome in outcomes) else 1
 
@@ -126,7 +127,7 @@ def slo_table(outcomes: Sequence[Outcome]) -> Table:
     title = "Objectives (TTFT/TBT) and what was measured at the client, in milliseconds"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("class", no_wrap=True)
-    for name in ("objective", "sent", "TTFT p50", "p99", "gap p99", "met", "offloaded"):
+    for name in ("objective", "sent", "TTFT p50", "p99", "gap p99", "met", "offl.", "tick."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("first token", no_wrap=True)
     for load_class in CLASSES:
@@ -142,7 +143,8 @@ def slo_table(outcomes: Sequence[Outcome]) -> Table:
             f"{percentile(ttfts_s, 0.99) * 1000:.0f}",
             f"{percentile((outcome.p99_gap_s for outcome in mine), 0.99) * 1000:.0f}",
             f"{sum(outcome.attained for outcome in mine) / len(mine):.1%}",
-            str(sum(_was_offloaded(outcome) for outcome in mine)),
+            str(_count_attempts(mine, "offload")),
+            str(_count_attempts(mine, "ticket")),
             _pools(mine),
         )
     return table
@@ -153,10 +155,10 @@ def _pools(outcomes: Sequence[Outcome]) -> str:
     return " ".join(f"{_POOLS[pool]} {count}" for pool, count in pools.most_common())
 
 
-def _was_offloaded(outcome: Outcome) -> bool:
-    return outcome.receipt is not None and any(
-        attempt.reason.startswith("offload") for attempt in outcome.receipt.attempts
-    )
+def _count_attempts(outcomes: Sequence[Outcome], kind: str) -> int:
+    """Return how many requests were placed in this way at some time."""
+    receipts = [outcome.receipt for outcome in outcomes if outcome.receipt]
+    return sum(any(attempt.reason.startswith(kind) for attempt in receipt.attempts) for receipt in receipts)
 
 
 def _print_failures(outcomes: Sequence[Outcome], console: Console) -> None:

@@ -13,6 +13,8 @@ from ascendra.types import Message, Receipt, SamplingParams, Slo
 
 TOPICS = ("a list", "json", "asyncio", "a decorator", "threading", "pathlib", "a generator", "sqlite3", "a set",
           "logging", "subprocess", "a dictionary", "unittest", "random", "socket", "a class")  # fmt: skip
+_REGULARITY = 4.0
+"""Shape of the gaps between bursts: 1 is a Poisson process, more is more even; a short demo needs an even one."""
 _SENTENCES = (
     "The module keeps a list of open files and closes them in the order in which they were opened.",
     "A call returns at once and the result is delivered later, through the object that was returned.",
@@ -106,10 +108,10 @@ async def _arrivals(
     rng: random.Random,
     outcomes: list[Outcome],
 ) -> None:
-    """Send the requests of one class: bursts as a Poisson process."""
-    bursts_per_s = rate_rps * load_class.share / load_class.burst
+    """Send the requests of one class, in bursts at random times."""
+    mean_gap_s = load_class.burst / (rate_rps * load_class.share)
     began_s = time.monotonic()
-    at_s = rng.expovariate(bursts_per_s)
+    at_s = rng.uniform(0, mean_gap_s)
     async with asyncio.TaskGroup() as tasks:
         while at_s < seconds:
             await asyncio.sleep(began_s + at_s - time.monotonic())
@@ -117,7 +119,7 @@ async def _arrivals(
                 outcome = Outcome(load_class, f"demo-{load_class.name}-{len(outcomes)}")
                 outcomes.append(outcome)
                 tasks.create_task(_send(session, outcome, load_class.messages(rng)))
-            at_s += rng.expovariate(bursts_per_s)
+            at_s += rng.gammavariate(_REGULARITY, mean_gap_s / _REGULARITY)
 
 
 async def _send(session: Session, outcome: Outcome, messages: list[Message]) -> None:
