@@ -17,7 +17,7 @@ from services.worker.engine.contract import Delta, EngineDead, EngineRequest, Re
 from services.worker.outbox import Outbox
 from services.worker.step_time_wire import model_from_proto
 from services.worker.submission import engine_request
-from services.worker.worker import PROTOCOL_VERSION, LiveRequest, Worker, failed
+from services.worker.worker import PROTOCOL_VERSION, UNAVAILABLE, LiveRequest, Worker, failed
 
 log = get_logger()
 
@@ -27,7 +27,6 @@ _WITHDRAW_RETRY_S = 0.005
 _WITHDRAW_RETRIES = 4
 _FINISH_REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
 _INVALID_ARGUMENT: int = grpc.StatusCode.INVALID_ARGUMENT.value[0]
-_UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 _INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 
 
@@ -151,14 +150,14 @@ class Attachment:
         worker = self._worker
         handle = submit.handle
         if worker.engine_died.is_set():
-            self._outbox.put(failed(handle, _UNAVAILABLE, "the engine died", "ENGINE_DIED"))
+            self._outbox.put(failed(handle, UNAVAILABLE, "the engine died", "ENGINE_DIED"))
             return
         if worker.draining:
-            self._outbox.put(failed(handle, _UNAVAILABLE, "the worker is draining", "DRAINING"))
+            self._outbox.put(failed(handle, UNAVAILABLE, "the worker is draining", "DRAINING"))
             return
         if len(worker.live) >= worker.config.max_live_requests:
             limit = worker.config.max_live_requests
-            self._outbox.put(failed(handle, _UNAVAILABLE, f"the worker holds {limit} requests", "QUEUE_FULL"))
+            self._outbox.put(failed(handle, UNAVAILABLE, f"the worker holds {limit} requests", "QUEUE_FULL"))
             return
         live = worker.add(handle, submit.request_id, self._outbox)
         try:
@@ -182,7 +181,7 @@ class Attachment:
             outbox.put(failed(live.handle, _INVALID_ARGUMENT, str(error), "INVALID_ARGUMENT"))
         except EngineDead:
             worker.report_engine_death()
-            outbox.put(failed(live.handle, _UNAVAILABLE, "the engine died", "ENGINE_DIED"))
+            outbox.put(failed(live.handle, UNAVAILABLE, "the engine died", "ENGINE_DIED"))
         except Exception:
             log.exception("generate_failed", request_id=live.request_id)
             outbox.put(failed(live.handle, _INTERNAL, "internal error", "INTERNAL"))
@@ -201,7 +200,7 @@ class Attachment:
         if delta.finish == "abort":
             # Nobody here asked for it: the engine core is going down, whatever it says.
             self._worker.report_engine_death()
-            outbox.put(failed(live.handle, _UNAVAILABLE, "the engine gave the request up", "ENGINE_DIED"))
+            outbox.put(failed(live.handle, UNAVAILABLE, "the engine gave the request up", "ENGINE_DIED"))
             return
         if delta.finish not in _FINISH_REASONS:
             outbox.put(failed(live.handle, _INTERNAL, f"the engine ended it: {delta.finish}", "ENGINE_ERROR"))

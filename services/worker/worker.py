@@ -6,6 +6,8 @@ import secrets
 import time
 from collections.abc import Iterable
 
+import grpc
+
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.logging import get_logger
 from services.policy.state import Role
@@ -17,6 +19,7 @@ from services.worker.outbox import Outbox
 log = get_logger()
 
 PROTOCOL_VERSION = 1
+UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 _TO_PROTO = {
     Role.LOW: common_pb2.ROLE_LOW_PRIORITY,
     Role.HIGH: common_pb2.ROLE_HIGH_PRIORITY,
@@ -194,7 +197,7 @@ class Worker:
             log.warning("drain_timeout", cancelled=len(left))
             await self.abort(left)
             for live in left:
-                live.outbox.put(failed(live.handle, 14, "the worker is draining", "DRAINING"))
+                live.outbox.put(failed(live.handle, UNAVAILABLE, "the worker is draining", "DRAINING"))
 
     def _on_report(self, report: StepReport) -> None:
         started: dict[Outbox, list[int]] = {}
@@ -203,6 +206,7 @@ class Worker:
             for engine_id in ids:
                 if (live := self.live.get(engine_id)) is not None:
                     by_outbox.setdefault(live.outbox, []).append(live.handle)
+        metrics.RELEGATED.inc(len(report.relegated))
         for engine_id in report.preempted:
             if (live := self.live.get(engine_id)) is not None:
                 live.preemptions += 1

@@ -29,6 +29,7 @@ _NEVER_S = 1e9
 
 
 _PAUSE_BELOW_KV_USAGE = 0.9
+"""Share of KV blocks in use above which every resident prefill runs."""
 
 
 @dataclass(slots=True)
