@@ -106,14 +106,20 @@ class Engine:
             self._admit(step, budget)
         return step
 
-    def complete(self, step: Step, now_s: float) -> list[SimRequest]:
-        """Account for a computed step: new tokens at `now_s`. Returns the requests that generated their last one."""
+    def complete(self, step: Step, now_s: float) -> tuple[list[SimRequest], list[SimRequest]]:
+        """Account for a computed step: new tokens at `now_s`.
+
+        Returns the requests that generated their last token, and those that completed a prefill.
+        """
         finished = []
+        prefilled = []
         for request, tokens in step.scheduled:
             computed = request.computed_tokens + tokens
             request.computed_tokens = computed
             if computed == request.total_tokens:
                 times = request.token_times_s
+                if tokens > 1 or not times:
+                    prefilled.append(request)
                 times.append(now_s)
                 request.total_tokens = computed + 1
                 if len(times) >= request.output_tokens or computed + 1 >= self._max_model_len:
@@ -123,21 +129,27 @@ class Engine:
             self.running = [request for request in self.running if id(request) not in gone]
             for request in finished:
                 self._release(request)
-        return finished
+        return finished, prefilled
 
     def _schedule_running(self, step: Step, budget: int) -> int:
         index = 0
         block_tokens = self._block_tokens
+        longest = self._max_model_len - 1
         running = self.running
         scheduled = step.scheduled
         while index < len(running) and budget > 0:
             request = running[index]
             computed = request.computed_tokens
-            tokens = min(request.total_tokens - computed, budget, self._max_model_len - computed - 1)
+            tokens = request.total_tokens - computed
+            if tokens > budget:
+                tokens = budget
+            end = computed + tokens
+            if end >= longest:
+                end = longest
+                tokens = end - computed
             if tokens <= 0:
                 index += 1
                 continue
-            end = computed + tokens
             if end > request.kv_tokens:
                 blocks = -(-(end - request.kv_tokens) // block_tokens)
                 while blocks > self.free_blocks:

@@ -58,6 +58,20 @@ class StepReport:
     """What the worker plans with now."""
 
 
+@dataclass(slots=True)
+class Resident:
+    """The running requests between two steps."""
+
+    decodes: list[SimRequest] = field(default_factory=list)
+    partial: list[SimRequest] = field(default_factory=list)
+    """Begun and not complete prefills."""
+    load: DecodeLoad = field(default_factory=DecodeLoad)
+    tightest_s: float = math.inf
+    """Smallest TBT objective of the decodes."""
+    bound_s: float = math.inf
+    """Longest that the next step may take for every decode's gap to hold."""
+
+
 class Instance:
     """A worker in virtual time. The cluster calls `start_step` when it may and `finish_step` when that step is over."""
 
@@ -98,6 +112,7 @@ class Instance:
         self._turns = RelegatedTurns(order.relegated_share if order else 0.0)
         self._promoted: set[str] = set()
         self._paused: list[SimRequest] = []
+        self._resident = Resident()
         self._report = StepReport()
         self._step_s = 0.0
         self._shape = StepShape()
@@ -135,35 +150,23 @@ class Instance:
         if self._fit is not None and step.scheduled:
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
-        engine = self.engine
         report = self._report
-        fresh = [request for request, _ in step.scheduled if not request.token_times_s or request.preemptions]
-        engine.complete(step, now_s)
-        report.first_tokens = [request for request in fresh if request.token_times_s]
-        decodes = context = 0
-        min_tbt_s = math.inf
-        for request in engine.running:
-            computed = request.computed_tokens
-            if computed >= request.input_tokens and computed == request.total_tokens - 1:
-                decodes += 1
-                context += computed + 1
-                if request.slo.tbt_s < min_tbt_s:
-                    min_tbt_s = request.slo.tbt_s
-        report.decodes, report.decode_context_tokens = decodes, context
-        report.min_tbt_s = min_tbt_s if decodes else 0.0
-        report.kv_used_tokens = engine.kv_used_tokens
+        report.first_tokens = self.engine.complete(step, now_s)[1]
+        resident = self._resident = self._survey(now_s)
+        report.decodes, report.decode_context_tokens = resident.load.decodes, resident.load.context_tokens
+        report.min_tbt_s = resident.tightest_s if resident.decodes else 0.0
+        report.kv_used_tokens = self.engine.kv_used_tokens
         report.step_s = self._step_s
         report.model = self.model
         return report
 
-    def _plan(self, now_s: float, policy: BudgetPolicy) -> int:
-        """Order the requests and return the token budget of the next step, as the in-engine scheduler does."""
-        engine = self.engine
+    def _survey(self, now_s: float) -> Resident:
+        """Look through the running requests at a step end; the next step starts then."""
         decodes: list[SimRequest] = []
         partial: list[SimRequest] = []
         context = 0
         bound_s = tightest_s = math.inf
-        for request in engine.running:
+        for request in self.engine.running:
             computed = request.computed_tokens
             if computed < request.input_tokens or computed != request.total_tokens - 1:
                 partial.append(request)
@@ -175,47 +178,45 @@ class Instance:
                 tightest_s = tbt_s
             slack_s = request.token_times_s[-1] + tbt_s - now_s
             # A gap that is lost already asks for its plain objective, as in policy.step_bound_s.
-            if not 0 < slack_s <= tbt_s:
+            if slack_s <= 0:
                 slack_s = tbt_s
             if slack_s < bound_s:
                 bound_s = slack_s
-        load = DecodeLoad(len(decodes), context)
+        return Resident(decodes, partial, DecodeLoad(len(decodes), context), tightest_s, bound_s)
+
+    def _plan(self, now_s: float, policy: BudgetPolicy) -> int:
+        """Order the requests and return the token budget of the next step, as the in-engine scheduler does."""
+        resident = self._resident
         if self.role is Role.HIGH:
-            engine.max_num_seqs = self._elastic_cap(decodes, partial, context, tightest_s)
-        ordered = self._arrange(now_s, decodes, partial, load, tightest_s, policy)
+            self.engine.max_num_seqs = self._elastic_cap(resident)
+        ordered = self._arrange(now_s, resident, policy)
         head = ordered[:CHUNKS_CONSIDERED]
         chunks = [(request.prompt_tokens - request.computed_tokens, request.computed_tokens) for request in head]
-        prefill = prefill_budget(policy, self.model, load, bound_s, chunks)
-        if partial and self._order is not None and self._order.pause_started:
+        load = resident.load
+        prefill = prefill_budget(policy, self.model, load, resident.bound_s, chunks)
+        if resident.partial and self._order is not None and self._order.pause_started:
             self._pause(ordered, prefill)
         return load.decodes + prefill
 
-    def _arrange(
-        self,
-        now_s: float,
-        decodes: list[SimRequest],
-        partial: list[SimRequest],
-        load: DecodeLoad,
-        tightest_s: float,
-        policy: BudgetPolicy,
-    ) -> list[SimRequest]:
+    def _arrange(self, now_s: float, resident: Resident, policy: BudgetPolicy) -> list[SimRequest]:
         """Put decodes first and the rest in policy order; returns the prefills in that order."""
         engine = self.engine
         waiting = engine.waiting
+        decodes, partial = resident.decodes, resident.partial
         if self._order is None or not (waiting or len(partial) > 1):
             if partial:
                 engine.running = decodes + partial
             return [*partial, *waiting]
-        pace = prefill_pace(self.model, load, policy, tightest_s)
+        pace = prefill_pace(self.model, resident.load, policy, resident.tightest_s)
         result = order_waiting([*partial, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
         ordered = cast("list[SimRequest]", result.ordered)
         if result.newly_relegated:
             self._relegate(set(result.newly_relegated))
         self._promoted = set(result.promoted)
-        resident = set(map(id, partial))
-        engine.running = decodes + [request for request in ordered if id(request) in resident]
+        begun = set(map(id, partial))
+        engine.running = decodes + [request for request in ordered if id(request) in begun]
         if waiting:
-            engine.order_waiting(request for request in ordered if id(request) not in resident)
+            engine.order_waiting(request for request in ordered if id(request) not in begun)
         return ordered
 
     def _pause(self, ordered: list[SimRequest], prefill_tokens: int) -> None:
@@ -249,16 +250,13 @@ class Instance:
             if request.request_id in self._promoted:
                 self._turns.spend(pace.work_s(tokens, request.computed_tokens))
 
-    def _elastic_cap(
-        self, decodes: list[SimRequest], partial: list[SimRequest], context: int, tightest_s: float
-    ) -> int:
+    def _elastic_cap(self, resident: Resident) -> int:
         """Most resident sequences with which HP keeps its tightest TBT objective."""
         most = self._config.max_num_seqs
-        tbt_s = min((request.slo.tbt_s for request in self.engine.waiting), default=math.inf)
-        tbt_s = min(tbt_s, tightest_s)
+        waiting_s = min((request.slo.tbt_s for request in self.engine.waiting), default=math.inf)
+        tbt_s = min(waiting_s, resident.tightest_s)
         if tbt_s == math.inf:
             return most
-        resident = len(decodes) + len(partial)
-        tokens = context + sum(request.prompt_tokens for request in partial)
-        cap = decode_cap(self.model, tbt_s, tokens / resident if resident else 0.0, most)
-        return max(cap, resident)
+        count = resident.load.decodes + len(resident.partial)
+        tokens = resident.load.context_tokens + sum(request.prompt_tokens for request in resident.partial)
+        return max(decode_cap(self.model, tbt_s, tokens / count if count else 0.0, most), count)

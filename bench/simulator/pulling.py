@@ -19,11 +19,11 @@ class PullPolicy:
     """When an instance has room, and who goes next."""
 
     order: OrderPolicy
-    committed_steps: float = 1.0
-    """An instance pulls while less than this many full steps of prefill are queued there."""
+    committed_steps: float = 2.0
+    """An instance pulls while less than this many full steps of prefill are queued there, the running one included."""
     max_committed: int = 8
     """Most requests queued at one instance."""
-    caution: float = 1.1
+    caution: float = 1.0
     """Predicted times are multiplied by this before they are held against deadlines."""
     refresh_s: float = 0.01
     """Whom to give up is decided anew at most this often."""

@@ -106,9 +106,9 @@ class HeadroomPolicy:
 class TbtBinPolicy:
     """Keep requests of unlike TBT objectives apart: the tightest one on an instance bounds its steps for all."""
 
-    fill: float = 0.5
+    fill: float = 0.65
     """Leave the like for the unlike when the first token is predicted later than this share of the TTFT objective."""
-    loose_fill: float = 0.5
+    loose_fill: float = 0.65
     """The same for a request that would join tighter ones."""
 
 
@@ -260,7 +260,7 @@ class PlacingRouter:
         return cast("list[SimRequest]", result.ordered)
 
     def _judge(self, state: WorkerState, now_s: float) -> None:
-        """Offload what would miss here and makes it on an HP instance."""
+        """Offload what would miss here and makes it elsewhere."""
         policy = self._policy.offload
         assert policy is not None
         ordered = self._ordered(state, now_s)
@@ -274,6 +274,9 @@ class PlacingRouter:
             if request.moving or request.hops >= policy.hop_limit:
                 continue
             candidates = [OffloadCandidate(high.view.worker_id, _urgent_estimate(high, request)) for high in self._high]
+            if self._policy.rescue and len(self._low) > 1:
+                peer = min((peer for peer in self._low if peer is not state), key=_work)
+                candidates.append(OffloadCandidate(peer.view.worker_id, _peer_estimate(peer, request)))
             decision = decide_offload(
                 request, estimate, candidates, now_s, step_s, policy, self._judged_s.get(request.request_id, -math.inf)
             )

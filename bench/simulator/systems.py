@@ -28,6 +28,7 @@ from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 _DYNAMIC = BudgetPolicy(kind=DYNAMIC)
 _EDF_MH = OrderPolicy(value_function="edf")
 _LLF_MH = OrderPolicy(value_function="llf")
+_OFFLOAD = OffloadPolicy(caution=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +60,7 @@ def _stock(summary: str, placement: str, tokens: int) -> System:
 
 
 def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
-    base = System(
-        summary=summary, order=order, hp_count=default_hp_count, offload=OffloadPolicy(), tickets=TicketPolicy()
-    )
+    base = System(summary=summary, order=order, hp_count=default_hp_count, offload=_OFFLOAD, tickets=TicketPolicy())
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -116,6 +115,12 @@ SYSTEMS: dict[str, System] = {
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
+    "ascendra-pool": System(
+        summary="one pool: as unified, with TBT classes kept apart and rescue between all instances",
+        offload=_OFFLOAD,
+        rescue=True,
+        tbt_bins=TbtBinPolicy(),
+    ),
     "ascendra-pull": System(
         summary="late binding: instances pull from one ordered set", pull=PullPolicy(order=_EDF_MH)
     ),

@@ -155,7 +155,7 @@ class Simulated:
 
     def step(self, budget: int) -> StepLog:
         step = self.engine.schedule(budget)
-        finished = self.engine.complete(step, 0.0)
+        finished, _ = self.engine.complete(step, 0.0)
         return StepLog(
             {request.request_id: tokens for request, tokens in step.scheduled},
             sorted(request.request_id for request in step.preempted),

@@ -133,6 +133,18 @@ def test_relegation_keeps_most_in_overload() -> None:
     assert share("unified", 12.0, config) > 1.5 * share("vllm-512-least", 12.0, config)
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_single_instance_is_enough(name: str) -> None:
+    """Nothing that a system does needs a second instance."""
+    records = simulate(SYSTEMS[name], workload(6.0, 60), ClusterConfig(instances=1)).records
+    assert all(record.outcome is Outcome.FINISHED for record in records)
+
+
+def test_rescue_moves_between_peers() -> None:
+    """Without any HP instance, a request that would miss where it waits still finds another."""
+    assert simulate(SYSTEMS["ascendra-pool"], workload(16.0, 600), ClusterConfig(instances=3)).moves > 0
+
+
 def test_the_planner_learns_a_slower_machine() -> None:
     """Steps that take 1.3 times what the profile says are noticed: with learning, gaps hold."""
     slow = StepTimeTruth(model=A100_LLAMA3_8B, bias=1.3, jitter_sigma=0.08)
