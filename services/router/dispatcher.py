@@ -320,10 +320,8 @@ class Dispatcher:
                 metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
                 continue
             request = placed.request
-            end = ended.get(handle)
-            silent = (
-                end is not None and end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output
-            )
+            end = ended.get(handle) if ended else None
+            silent = end is not None and _is_silent(request, end)
             delta = request.tokens(placed.attempt, placed.next_offset, chunk, now_s, silent)
             if isinstance(delta, Drop):
                 metrics.DROPPED_FRAMES.labels(reason=delta).inc()
@@ -580,3 +578,8 @@ def _explanation(request: LiveRequest) -> cluster_pb2.ExplainResponse:
         receipt=request.receipt() if request.ended else None,
         state=state,
     )
+
+
+def _is_silent(request: LiveRequest, end: worker_pb2.RequestEnded) -> bool:
+    """Return whether the last token is a stop token whose text is not part of the completion."""
+    return end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output

@@ -29,34 +29,53 @@ class Sink(Protocol):
 class Pending:
     """Unread part of one request's stream, merged into at most one message and an error."""
 
-    __slots__ = ("accepted", "end", "error", "logprobs", "offset", "texts", "token_ids")
+    __slots__ = ("accepted", "end", "error", "logprobs", "offset", "plain", "text", "token_ids")
 
     def __init__(self) -> None:
         self.accepted: inference_pb2.Accepted | None = None
         self.offset = 0
         self.token_ids: list[int] = []
-        self.texts: list[str] = []
+        self.text = ""
         self.logprobs: list[common_pb2.PositionLogprobs] = []
         self.end: inference_pb2.Finished | None = None
         self.error: ServiceError | None = None
+        self.plain = True
+        """Nothing but tokens and text."""
 
-    def add_tokens(self, offset: int, token_ids: Sequence[int], text: str) -> None:
+    def accept(self, accepted: inference_pb2.Accepted) -> None:
+        """Say that the request was taken."""
+        self.accepted = accepted
+        self.plain = False
+
+    def add_tokens(
+        self, offset: int, token_ids: Sequence[int], text: str, logprobs: Iterable[common_pb2.PositionLogprobs]
+    ) -> None:
         """Append tokens that follow those already here."""
         if not self.token_ids:
             self.offset = offset
-        self.token_ids.extend(token_ids)
-        if text:
-            self.texts.append(text)
+        self.token_ids += token_ids
+        self.text += text
+        if logprobs:
+            self.logprobs.extend(logprobs)
+            self.plain = False
 
-    @property
-    def plain(self) -> bool:
-        """Nothing but tokens and text."""
-        return self.accepted is None and self.end is None and self.error is None and not self.logprobs
+    def finish(self, text: str, finished: inference_pb2.Finished) -> None:
+        """Append the last text and the last message."""
+        self.text += text
+        if not self.token_ids:
+            self.offset = finished.usage.completion_tokens
+        self.end = finished
+        self.plain = False
+
+    def fail(self, error: ServiceError) -> None:
+        """End the stream with a status."""
+        self.error = error
+        self.plain = False
 
     @property
     def has_response(self) -> bool:
         """There is something to say beside an error."""
-        return bool(self.token_ids or self.texts) or self.accepted is not None or self.end is not None
+        return bool(self.token_ids or self.text) or self.accepted is not None or self.end is not None
 
     def response(self) -> inference_pb2.GenerateResponse:
         """Return it as one message."""
@@ -64,7 +83,7 @@ class Pending:
             accepted=self.accepted,
             token_offset=self.offset,
             token_ids=self.token_ids,
-            text="".join(self.texts),
+            text=self.text,
             logprobs=self.logprobs,
             finished=self.end,
         )
@@ -83,29 +102,23 @@ class Mailbox:
 
     def accepted(self, accepted: inference_pb2.Accepted) -> None:
         """Say that the request was taken."""
-        self._open().accepted = accepted
+        self._open().accept(accepted)
 
     def tokens(
         self, offset: int, token_ids: Sequence[int], text: str, logprobs: Iterable[common_pb2.PositionLogprobs] = ()
     ) -> bool:
         """Append tokens; False when the limit is passed."""
         pending = self._open()
-        pending.add_tokens(offset, token_ids, text)
-        pending.logprobs.extend(logprobs)
+        pending.add_tokens(offset, token_ids, text, logprobs)
         return len(pending.token_ids) <= self._unread_limit
 
     def finished(self, text: str, finished: inference_pb2.Finished) -> None:
         """Append the last text and the last message."""
-        pending = self._open()
-        if text:
-            pending.texts.append(text)
-        if not pending.token_ids:
-            pending.offset = finished.usage.completion_tokens
-        pending.end = finished
+        self._open().finish(text, finished)
 
     def failed(self, error: ServiceError) -> None:
         """End the stream with a status."""
-        self._open().error = error
+        self._open().fail(error)
 
     async def take(self) -> Pending:
         """Return everything unread, waiting until there is something."""

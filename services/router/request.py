@@ -114,9 +114,9 @@ class LiveRequest:
     """State of one request."""
 
     __slots__ = (
-        "_delivering", "_fenced", "_first_pool", "_gaps", "arrival_s", "attempt", "attempts", "cached_prompt_tokens",
-        "decisions", "first_token_s", "generated", "hops", "last_token_s", "moves", "relegated", "resumed_tokens",
-        "sink", "spec", "state", "text",
+        "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "arrival_s", "attempt", "attempts",
+        "cached_prompt_tokens", "decisions", "first_token_s", "generated", "hops", "last_gap_s", "last_token_s",
+        "moves", "relegated", "resumed_tokens", "sink", "spec", "state", "text",
     )  # fmt: skip
 
     def __init__(
@@ -148,9 +148,12 @@ class LiveRequest:
         self.cached_prompt_tokens = 0
         self.first_token_s = 0.0
         self.last_token_s = 0.0
+        self.last_gap_s = 0.0
+        """The newest gap between tokens; 0 before the second token."""
         self._gaps = array.array("d")
         self._delivering = 0
-        self._fenced = False
+        self._open = 0  # the attempt whose tokens count; 0 while there is none
+        self._max_tokens = spec.sampling.max_tokens
         self._first_pool: common_pb2.Role = common_pb2.ROLE_UNSPECIFIED
 
     @property
@@ -172,14 +175,14 @@ class LiveRequest:
     def place(self, worker_id: str, role: "common_pb2.Role", reason: str) -> int:
         """Begin an attempt on a worker and return its number; tokens of earlier attempts no longer count."""
         self.attempt += 1
-        self._fenced = False
+        self._open = self.attempt
         self.attempts.append(inference_pb2.Attempt(number=self.attempt, worker_id=worker_id, role=role, reason=reason))
         self.state = State.DECODE if self.has_tokens else State.WAITING
         return self.attempt
 
     def fence(self) -> None:
         """End the present attempt without a successor yet: whatever still comes from it is stale."""
-        self._fenced = True
+        self._open = 0
 
     def started(self, attempt: int) -> None:
         """Take note that the prefill of an attempt began."""
@@ -195,28 +198,27 @@ class LiveRequest:
             offset: absolute offset of the first one in the completion.
             silent_last: the last one is a stop token without text.
         """
+        if attempt != self._open:
+            return Drop.ENDED if self.state in TERMINAL else Drop.STALE_ATTEMPT
         generated = self.generated
         expected = len(generated)
-        if attempt != self.attempt or self._fenced:
-            return Drop.STALE_ATTEMPT
-        if self.state in TERMINAL:
-            return Drop.ENDED
         if offset != expected:
             if offset > expected:
                 return Drop.GAP
             token_ids = token_ids[expected - offset :]
             if not token_ids:
                 return Drop.REPEATED
-        room = self.spec.sampling.max_tokens - expected
+        room = self._max_tokens - expected
         ended = len(token_ids) >= room
         if ended:
             token_ids = token_ids[:room]
         text = ""
-        if self.text is not None:
-            text, taken = self.text.push(token_ids, silent_last=silent_last)
-            if taken < len(token_ids):
+        stream = self.text
+        if stream is not None:
+            text, taken = stream.push(token_ids, silent_last)
+            if stream.finished:
                 token_ids = token_ids[:taken]
-            ended = ended or self.text.finished
+                ended = True
         generated.extend(token_ids)
         self._time(len(token_ids), now_s)
         if self._delivering != attempt:
@@ -227,20 +229,14 @@ class LiveRequest:
         return Delta(expected, token_ids, text, ended)
 
     def _time(self, count: int, now_s: float) -> None:
-        if not self.first_token_s:
+        if self.first_token_s:
+            self.last_gap_s = now_s - self.last_token_s
+            self._gaps.append(self.last_gap_s)
+        else:
             self.first_token_s = now_s
-            count -= 1
-            self._gaps.extend([0.0] * count)
-        elif count:
-            self._gaps.append(now_s - self.last_token_s)
-            if count > 1:
-                self._gaps.extend([0.0] * (count - 1))
+        if count > 1:
+            self._gaps.extend([0.0] * (count - 1))
         self.last_token_s = now_s
-
-    @property
-    def last_gap_s(self) -> float:
-        """The newest gap between tokens; 0 before the second token."""
-        return self._gaps[-1] if self._gaps else 0.0
 
     def finish(
         self, reason: "common_pb2.FinishReason", stop_token_id: int | None = None
@@ -253,6 +249,7 @@ class LiveRequest:
         if stop_string:
             reason, stop_token_id = common_pb2.FINISH_REASON_STOP, None
         self.state = State.FINISHED
+        self._open = 0
         finished = inference_pb2.Finished(
             reason=reason,
             stop_string=stop_string,
@@ -268,6 +265,7 @@ class LiveRequest:
 
     def fail(self, state: State) -> None:
         """End the request without a last message."""
+        self._open = 0
         self.state = state
 
     @property

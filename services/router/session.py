@@ -77,7 +77,7 @@ def _response(pending: dict[int, Pending]) -> inference_pb2.SessionResponse:
             offsets.append(one.offset)
             counts.append(len(one.token_ids))
             token_ids += one.token_ids
-            texts.append(one.texts[0] if len(one.texts) == 1 else "".join(one.texts))
+            texts.append(one.text)
             continue
         if one.has_response:
             response.items.add(handle=handle, response=one.response())
@@ -112,7 +112,7 @@ class HandleSink:
 
     def accepted(self, accepted: inference_pb2.Accepted) -> None:
         """Say that the request was taken."""
-        self._session.outbox.open(self._handle).accepted = accepted
+        self._session.outbox.open(self._handle).accept(accepted)
 
     def tokens(
         self, offset: int, token_ids: Sequence[int], text: str, logprobs: Iterable[common_pb2.PositionLogprobs] = ()
@@ -120,24 +120,17 @@ class HandleSink:
         """Append tokens; False when a limit is passed."""
         outbox = self._session.outbox
         pending = outbox.open(self._handle)
-        pending.add_tokens(offset, token_ids, text)
-        if logprobs:
-            pending.logprobs.extend(logprobs)
+        pending.add_tokens(offset, token_ids, text, logprobs)
         return outbox.added(pending, len(token_ids))
 
     def finished(self, text: str, finished: inference_pb2.Finished) -> None:
         """Append the last text and the last message."""
-        pending = self._session.outbox.open(self._handle)
-        if text:
-            pending.texts.append(text)
-        if not pending.token_ids:
-            pending.offset = finished.usage.completion_tokens
-        pending.end = finished
+        self._session.outbox.open(self._handle).finish(text, finished)
         self._session.forget(self._handle)
 
     def failed(self, error: ServiceError) -> None:
         """End the stream with an error."""
-        self._session.outbox.open(self._handle).error = error
+        self._session.outbox.open(self._handle).fail(error)
         self._session.forget(self._handle)
 
 
@@ -214,7 +207,7 @@ class Session:
             # The stream of a handle that is in use must not hear of it: this ends the session's request only.
             error = InvalidArgument(f"start.handle must be above 0 and not in use, got {handle}", reason="BAD_HANDLE")
             if handle == 0:
-                self.outbox.open(0).error = error
+                self.outbox.open(0).fail(error)
             else:
                 log.warning("session_handle_in_use", handle=handle)
                 self._abort(handle, error)
@@ -223,7 +216,7 @@ class Session:
             error_: ServiceError = ResourceExhausted(
                 f"a session serves at most {self._limit} requests at once", reason="SESSION_LIMIT", retry_safe=True
             )
-            self.outbox.open(handle).error = error_
+            self.outbox.open(handle).fail(error_)
             return
         arrival_s = time.monotonic()
         self._starting[handle] = asyncio.create_task(self._admit(handle, start.request, arrival_s))
@@ -235,10 +228,10 @@ class Session:
             if not request.ended:
                 self._live[handle] = request
         except ServiceError as error:
-            self.outbox.open(handle).error = error
+            self.outbox.open(handle).fail(error)
         except Exception:
             log.exception("session_start_failed")
-            self.outbox.open(handle).error = ServiceError("internal error")
+            self.outbox.open(handle).fail(ServiceError("internal error"))
         finally:
             if self._starting.get(handle) is asyncio.current_task():
                 del self._starting[handle]
@@ -249,7 +242,7 @@ class Session:
         if task is not None:
             task.cancel()
             finished = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_CANCELLED)
-            self.outbox.open(handle).end = finished
+            self.outbox.open(handle).finish("", finished)
             return
         request = self._live.get(handle)
         if request is not None:
@@ -264,4 +257,4 @@ class Session:
         if request is not None:
             self._dispatcher.fail(request, error)
         else:
-            self.outbox.open(handle).error = error
+            self.outbox.open(handle).fail(error)

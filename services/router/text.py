@@ -138,7 +138,7 @@ class TextStream:
         self.finished = False
         """A stop string was found; nothing more is accepted."""
 
-    def push(self, token_ids: Sequence[int], *, silent_last: bool = False) -> tuple[str, int]:
+    def push(self, token_ids: Sequence[int], silent_last: bool = False) -> tuple[str, int]:
         """Return the new text, and how many of the tokens belong to the completion (fewer after a stop string).
 
         Args:
@@ -146,10 +146,9 @@ class TextStream:
         """
         step = self._decoder.step
         if not self._stops:
-            self._tokens += len(token_ids)
+            if len(token_ids) == 1:
+                return "" if silent_last else step(token_ids[0]), 1
             spoken = token_ids[:-1] if silent_last else token_ids
-            if len(spoken) == 1:
-                return step(spoken[0]), len(token_ids)
             return "".join(map(step, spoken)), len(token_ids)
         pieces = []
         for index, token_id in enumerate(token_ids):
