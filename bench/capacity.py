@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.metrics import attains, summarize
 from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
-from bench.simulator.systems import SYSTEMS, simulate
+from bench.simulator.systems import simulate, system_named
 
 FIRST_GROWTH = 1.3
 """Factor between the rates that look for a bracket."""
@@ -95,7 +95,7 @@ def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) ->
     def attainment(rate_rps: float) -> float:
         nonlocal simulated
         workload = setting.workload(rate_rps, seed)
-        records = simulate(SYSTEMS[name], workload, config).records[int(WARMUP_SHARE * len(workload)) :]
+        records = simulate(system_named(name), workload, config).records[int(WARMUP_SHARE * len(workload)) :]
         simulated += len(workload)
         return sum(map(attains, records)) / len(records)
 
@@ -114,7 +114,7 @@ def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) ->
 def report_at(setting: Setting, name: str, seed: int, rate_rps: float) -> dict[str, Any]:
     """Return the full report of one run."""
     workload = setting.workload(rate_rps, seed)
-    run = simulate(SYSTEMS[name], workload, replace(setting.cluster, seed=seed))
+    run = simulate(system_named(name), workload, replace(setting.cluster, seed=seed))
     return summarize(run.records[int(WARMUP_SHARE * len(workload)) :]).as_dict()
 
 

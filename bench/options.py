@@ -13,7 +13,7 @@ from typing import Any
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import StepTimeTruth
-from bench.simulator.systems import SYSTEMS
+from bench.simulator.systems import SYSTEMS, system_named
 from bench.workloads import SloClass, TraceRow, WorkloadRequest, load_trace, make_workload, slo_set
 from services.policy.step_time import PROFILES, StepShape, StepTimeModel
 
@@ -95,10 +95,19 @@ def setting_from(args: argparse.Namespace) -> Setting:
 def systems_from(names: str) -> list[str]:
     """Return system names from a comma-separated list; exits with a message when one is unknown."""
     chosen = list(SYSTEMS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in SYSTEMS]
+    unknown = [name for name in chosen if not _is_known(name)]
     if unknown or not chosen:
-        sys.exit(f"error: unknown policies {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
+        known = ", ".join([*SYSTEMS, "vllm-<budget>-<rr|least|work|p2c|edf|sticky>"])
+        sys.exit(f"error: unknown policies {', '.join(unknown)}; known: {known}")
     return chosen
+
+
+def _is_known(name: str) -> bool:
+    try:
+        system_named(name)
+    except KeyError:
+        return False
+    return True
 
 
 def load_profile(name: str) -> StepTimeModel:

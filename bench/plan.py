@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.capacity import first_guess_rps
 from bench.metrics import attains
 from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
-from bench.simulator.systems import SYSTEMS, System, simulate
+from bench.simulator.systems import System, simulate, system_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--rate and --seeds must be positive and --target between 0 and 1")
     setting = setting_from(args)
     (name,) = systems_from(args.policy)[:1]
-    plan, tried = make_plan(setting, SYSTEMS[name], args.rate, args.target, args.seeds, args.max_instances)
+    plan, tried = make_plan(setting, system_named(name), args.rate, args.target, args.seeds, args.max_instances)
     if plan is None:
         sys.exit(
             f"no cluster of up to {args.max_instances} instances serves {args.rate:g} requests/s at {args.target:.0%}"

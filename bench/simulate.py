@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.metrics import Report, RequestRecord, summarize
 from bench.options import WARMUP_SHARE, add_setting_options, provenance, setting_from, systems_from
-from bench.simulator.systems import SYSTEMS, simulate
+from bench.simulator.systems import SYSTEMS, simulate, system_named
 
 
 def summary(report: Report) -> str:
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--rate must be positive")
     workload = setting.workload(args.rate, args.seed)
     started = time.perf_counter()
-    run = simulate(SYSTEMS[name], workload, replace(setting.cluster, seed=args.seed))
+    run = simulate(system_named(name), workload, replace(setting.cluster, seed=args.seed))
     seconds = time.perf_counter() - started
     records = run.records[int(WARMUP_SHARE * len(run.records)) :]
     report = summarize(records)
-    print(f"{name}: {SYSTEMS[name].summary}\n")
+    print(f"{name}: {system_named(name).summary}\n")
     print(summary(report))
     print(f"{'instances busy, steps, preemptions':<34}{run.busy_share:.1%}, {run.steps}, {run.preemptions}")
     print(f"{'moves (refused; by ticket)':<34}{run.moves} ({run.refused_moves}; {run.ticket_moves})")

@@ -53,10 +53,26 @@ class System:
     deadline_priority: bool = False
 
 
-def _stock(summary: str, placement: str, tokens: int) -> System:
-    return System(
-        summary=summary, placement=placement, budget=BudgetPolicy(kind=STATIC, static_tokens=tokens), order=None
+_DISPATCH = {
+    "rr": ("round_robin", "round robin"),
+    "least": ("least_requests", "fewest requests"),
+    "work": ("least_predicted_work", "least predicted work"),
+    "p2c": ("power_of_two", "power of two choices"),
+    "sticky": ("prefix_affine", "prefix owner until saturated"),
+    "edf": ("least_requests", "deadline as priority, fewest requests"),
+}
+
+
+def _stock(dispatch: str, tokens: int = 512, **changes: object) -> System:
+    placement, words = _DISPATCH[dispatch]
+    base = System(
+        summary=f"vLLM, budget {tokens}, {words}",
+        placement=placement,
+        budget=BudgetPolicy(kind=STATIC, static_tokens=tokens),
+        order=None,
+        deadline_priority=dispatch == "edf",
     )
+    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
@@ -65,31 +81,25 @@ def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
 
 
 SYSTEMS: dict[str, System] = {
-    "vllm-2048-rr": _stock("vLLM, default budget, round robin", "round_robin", 2048),
-    "vllm-512-rr": _stock("vLLM, budget 512, round robin (Sarathi-Serve's chunk)", "round_robin", 512),
-    "vllm-1024-rr": _stock("vLLM, budget 1024, round robin", "round_robin", 1024),
-    "vllm-512-least": _stock("vLLM, budget 512, fewest requests", "least_requests", 512),
-    "vllm-1024-least": _stock("vLLM, budget 1024, fewest requests", "least_requests", 1024),
-    "vllm-512-work": _stock("vLLM, budget 512, least predicted work", "least_predicted_work", 512),
-    "vllm-512-p2c": _stock("vLLM, budget 512, power of two choices", "power_of_two", 512),
-    "vllm-512-edf": replace(
-        _stock("vLLM, budget 512, deadline as priority, fewest requests", "least_requests", 512),
-        deadline_priority=True,
+    "vllm-2048-rr": _stock("rr", 2048),
+    "vllm-512-rr": _stock("rr"),
+    "vllm-512-least": _stock("least"),
+    "vllm-512-work": _stock("work"),
+    "vllm-512-p2c": _stock("p2c"),
+    "vllm-512-edf": _stock("edf"),
+    "vllm-512-sticky": _stock("sticky"),
+    "headroom": _stock(
+        "work", summary="vLLM, budget 512, best fit by predicted TTFT with SLO headroom", headroom=HeadroomPolicy()
     ),
-    "prefix-sticky": _stock("vLLM, budget 512, prefix owner until saturated", "prefix_affine", 512),
-    "headroom": replace(
-        _stock("vLLM, budget 512, one-shot predicted TTFT with SLO headroom (llm-d)", "least_predicted_work", 512),
-        headroom=HeadroomPolicy(),
-    ),
-    "rebalance": replace(
-        _stock("vLLM, budget 512, waiting requests rebalanced by load (Llumnix)", "least_predicted_work", 512),
-        rebalance=RebalancePolicy(),
+    "headroom-spread": _stock("work", summary="the same, most headroom first", headroom=HeadroomPolicy(pack=False)),
+    "rebalance": _stock(
+        "work", summary="vLLM, budget 512, waiting requests rebalanced by load", rebalance=RebalancePolicy()
     ),
     "paper": System(
         summary="the paper's recipe: chunk 512, static split, least laxity, offload, tickets",
         placement="least_requests",
         budget=BudgetPolicy(kind=STATIC, static_tokens=512),
-        order=OrderPolicy(value_function="llf", relegation=NONE),
+        order=OrderPolicy(value_function="llf", relegation=NONE, pause_started=False),
         hp_count=default_hp_count,
         offload=OffloadPolicy(),
         tickets=TicketPolicy(),
@@ -98,7 +108,7 @@ SYSTEMS: dict[str, System] = {
         summary="the paper's recipe with shortest prompt first",
         placement="least_requests",
         budget=BudgetPolicy(kind=STATIC, static_tokens=512),
-        order=OrderPolicy(value_function="sjf", relegation=NONE),
+        order=OrderPolicy(value_function="sjf", relegation=NONE, pause_started=False),
         hp_count=default_hp_count,
         offload=OffloadPolicy(),
         tickets=TicketPolicy(),
@@ -127,6 +137,21 @@ SYSTEMS: dict[str, System] = {
 }
 
 
+def system_named(name: str) -> System:
+    """Return a system by name; `vllm-<budget>-<dispatch>` works for every budget, to find a baseline's best one.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    vendor, _, rest = name.partition("-")
+    tokens, _, dispatch = rest.partition("-")
+    if vendor != "vllm" or not tokens.isdecimal() or int(tokens) < 1 or dispatch not in _DISPATCH:
+        raise KeyError(name)
+    return _stock(dispatch, int(tokens))
+
+
 @dataclass(slots=True)
 class Run:
     """A finished simulation."""
@@ -150,7 +175,7 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
     if system.order is None:
         engine = replace(
             engine,
-            max_num_batched_tokens=min(system.budget.static_tokens, engine.max_num_batched_tokens),
+            max_num_batched_tokens=system.budget.static_tokens,
             priority=system.deadline_priority,
         )
     budget = replace(system.budget, max_tokens=min(system.budget.max_tokens, engine.max_num_batched_tokens))
