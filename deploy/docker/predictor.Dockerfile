@@ -22,9 +22,9 @@ COPY services/policy services/policy
 COPY services/predictor services/predictor
 COPY deploy/config/predictor.yaml /etc/ascendra/predictor.yaml
 USER 10001
-ENV ASCENDRA_LISTEN=0.0.0.0:50071 ASCENDRA_METRICS_LISTEN=0.0.0.0:9171
-EXPOSE 50071 9171
+ENV ASCENDRA_LISTEN=0.0.0.0:7300 ASCENDRA_METRICS_LISTEN=0.0.0.0:9171
+EXPOSE 7300 9171
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --start-interval=1s \
-    CMD ["python", "-m", "services.common.health_probe", "127.0.0.1:50071"]
+    CMD ["python", "-m", "services.common.health_probe", "127.0.0.1:7300"]
 ENTRYPOINT ["python", "-m", "services.predictor"]
 CMD ["--config", "/etc/ascendra/predictor.yaml"]
