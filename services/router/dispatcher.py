@@ -343,7 +343,8 @@ class Dispatcher:
         self._on_standing(link, step)
         metrics.TOKENS.inc(position)
         link.instance.count_tokens(position, now_s)
-        self.work_changed()
+        if link.instance.has_queue:
+            self.work_changed()
 
     def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
         """Pass the answer on to who asked."""

@@ -34,6 +34,7 @@ class ScriptedWorker:
         flowing: nothing at all is sent while it is clear, heartbeats included.
         freeze_steps: heartbeats go on but no step is taken.
         ignore_cancel: Cancel is not acknowledged.
+        top_logprobs: every token comes with so many log-probabilities.
         refuse: answer every Submit with RequestFailed of this (code, message, reason).
     """
 
@@ -62,6 +63,7 @@ class ScriptedWorker:
         self.flowing.set()
         self.freeze_steps = False
         self.ignore_cancel = False
+        self.top_logprobs = 0
         self.refuse: tuple[int, str, str] | None = None
         self.submitted: list[worker_pb2.Submit] = []
         self.cancelled: list[int] = []
@@ -210,8 +212,16 @@ class ScriptedWorker:
         telemetry = common_pb2.StepTelemetry(
             step=self._steps, decodes=len(handles), step_s=self.step_s, running=len(handles)
         )
+        top = [common_pb2.TokenLogprob(token_id=i, logprob=-1.0, rank=i + 1) for i in range(self.top_logprobs)]
+        position = common_pb2.PositionLogprobs(top=top)
+        logprobs = [worker_pb2.HandleLogprobs(handle=h, positions=[position]) for h in handles if top]
         self.send_step(
-            handles=handles, token_counts=[1] * len(handles), token_ids=token_ids, ended=ended, telemetry=[telemetry]
+            logprobs=logprobs,
+            handles=handles,
+            token_counts=[1] * len(handles),
+            token_ids=token_ids,
+            ended=ended,
+            telemetry=[telemetry],
         )
 
 

@@ -8,8 +8,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from ascendra.v1 import common_pb2, inference_pb2
-from tests.support.local_router import LocalRouter, local_router, text_request, until
+from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2
+from tests.support.local_router import Collected, LocalRouter, local_router, metadata_of, text_request, until
 from tests.support.scripted_worker import ScriptedWorker
 
 
@@ -105,3 +105,45 @@ async def test_a_refusal_names_the_field(router: LocalRouter) -> None:
         await router.collect(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "temperature" in str(caught.value.details())
+
+
+async def test_a_client_that_does_not_read_is_bounded(worker: ScriptedWorker, tokenizer_directory: Path) -> None:
+    """Beyond the limit its request is given up and aborted; a neighbour's stream is whole meanwhile."""
+    worker.step_s = 0.001
+    worker.top_logprobs = 20  # long messages fill the transport's window soon
+    async with local_router(tokenizer_directory, [worker.address], max_unread_tokens=50) as router:
+        await router.attached(1)
+        slow = router.inference.Generate(text_request(max_tokens=2000))
+        await until(lambda: len(worker.submitted) == 1)
+        neighbour = asyncio.create_task(router.collect(text_request(max_tokens=1000)))
+        await until(lambda: len(worker.cancelled) == 1, timeout_s=40)
+        assert (await neighbour).token_ids == [66 + i % 26 for i in range(1000)]
+        collected = Collected()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in slow:
+                collected.add(response)
+    assert metadata_of(caught.value)["ascendra-reason"] == "SLOW_READER"
+    assert 50 < len(collected.token_ids) < 2000
+
+
+async def test_workers_of_a_dns_name_are_found(worker: ScriptedWorker, tokenizer_directory: Path) -> None:
+    """Every address of the name is a worker."""
+    port = worker.address.rpartition(":")[2]
+    async with local_router(tokenizer_directory, [], worker_dns=f"localhost:{port}") as router:
+        await router.attached(1)
+        assert len((await router.collect(text_request(max_tokens=3))).token_ids) == 3
+
+
+async def test_what_the_engine_relegates_is_reported(router: LocalRouter, worker: ScriptedWorker) -> None:
+    """Relegation is the worker's order; the receipt and Explain tell of it."""
+    worker.hold = True
+    task = asyncio.create_task(router.collect(text_request(max_tokens=3, request_id="late")))
+    await until(lambda: len(worker.submitted) == 1)
+    worker.send_step(relegated_handles=[worker.submitted[0].handle])
+    await until(lambda: router.router.dispatcher.live["late"].relegated)
+    worker.hold = False
+    assert (await task).finished.receipt.relegated
+    explained = await router.cluster.Explain(cluster_pb2.ExplainRequest(request_id="late"))
+    assert [decision.kind for decision in explained.decisions] == ["place", "relegate"]
+    assert explained.state == "finished"
+    assert explained.HasField("receipt")
