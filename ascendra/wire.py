@@ -13,6 +13,8 @@ from ascendra.errors import InvalidArgumentError
 from ascendra.v1 import common_pb2, inference_pb2
 
 MAX_TIMEOUT_MS = 2**32 - 1
+MAX_REQUEST_BYTES = 15 << 20
+"""Below the 16 MiB of a message, with room to resume. In a session a larger one would break the stream of all."""
 
 _ROLES = {
     common_pb2.ROLE_LOW_PRIORITY: types.Role.LOW,
@@ -54,6 +56,10 @@ def build_request(prompt: str | None, options: types.RequestOptions) -> inferenc
             request.slo.CopyFrom(slo_to_wire(options["slo"]))
         if "on_overload" in options:
             request.on_overload = _overload_action(options["on_overload"])
+        if request.ByteSize() > MAX_REQUEST_BYTES:
+            raise InvalidArgumentError(
+                f"the request has {request.ByteSize()} bytes; at most {MAX_REQUEST_BYTES} can be sent"
+            )
     except InvalidArgumentError as error:
         error.request_id = request_id
         raise

@@ -1,5 +1,6 @@
 """`ascendra up` as a user runs it: real processes, real signals."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ascendra import AsyncClient, SamplingParams
+
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 START_S = 180.0
@@ -24,7 +27,7 @@ class Up:
     """A running `ascendra up`."""
 
     def __init__(self, model: Path, work_dir: Path) -> None:
-        arguments = ["up", "--engine", "emulated", "--lp", "1", "--hp", "1", "--port", "0"]
+        arguments = ["up", "--engine", "emulated", "--lp", "1", "--hp", "1", "--routers", "2", "--port", "0"]
         self.process = subprocess.Popen(
             [*_ascendra(*arguments), "--model", str(model), "--work-dir", str(work_dir)],
             stdout=subprocess.PIPE,
@@ -77,7 +80,7 @@ def up(tiny_model: Path, tmp_path: Path) -> Iterator[Up]:
 
 
 def test_a_cluster_serves_recovers_and_stops(up: Up) -> None:
-    """It generates text, shows its status, replaces a killed router, and Ctrl-C leaves nothing behind."""
+    """It generates text, shows its status, survives a killed router, and Ctrl-C leaves nothing behind."""
     up.wait_for("Ascendra is up")
     address = up.wait_for(r"router-0\s+(127\.0\.0\.1:\d+)")[1]
 
@@ -91,8 +94,8 @@ def test_a_cluster_serves_recovers_and_stops(up: Up) -> None:
         "hp-0": "ROLE_HIGH_PRIORITY",
     }
 
-    [router] = [process for process in up.descendants() if "services.router" in process.cmdline()]
-    router.kill()
+    other = up.wait_for(r"router-1\s+(127\.0\.0\.1:\d+)")[1]
+    asyncio.run(_stream_while_its_router_dies(up, [address, other]))
     up.wait_for("router-0 ended with status")
     up.wait_for("router-0 ready again")
     up.until(lambda: _generates(address), START_S, what="the same address to serve again")
@@ -122,6 +125,22 @@ def test_children_die_with_a_killed_parent(up: Up) -> None:
     up.process.kill()
     _, alive = psutil.wait_procs(descendants, timeout=STOP_S)
     assert alive == []
+
+
+async def _stream_while_its_router_dies(up: Up, addresses: list[str]) -> None:
+    """The stream goes on through the other router, with no token lost or repeated."""
+    routers = [process for process in up.descendants() if "services.router" in process.cmdline()]
+    [first] = [process for process in routers if "router-0" in process.cmdline()]
+    received: list[int] = []
+    async with AsyncClient(addresses) as client:
+        async for chunk in client.stream("once", sampling=SamplingParams(max_tokens=60, ignore_eos=True, seed=1)):
+            assert chunk.token_offset == len(received)
+            received.extend(chunk.token_ids)
+            if first.is_running() and len(received) >= 5:
+                first.kill()
+                first.wait(STOP_S)
+    assert not first.is_running()
+    assert len(received) == 60
 
 
 def _generates(address: str) -> bool:

@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import os
+import signal
+import threading
 
 import pytest
 
@@ -9,7 +12,7 @@ import ascendra
 from ascendra import AsyncClient, Client
 from ascendra.v1 import cluster_pb2, common_pb2
 from tests.support import scripted_router as scripted
-from tests.support.scripted_router import ScriptedRouter, counting
+from tests.support.scripted_router import Pause, ScriptedRouter, counting, tokens
 
 
 async def test_requests_carry_the_deadline_and_the_metadata() -> None:
@@ -154,3 +157,15 @@ def test_the_blocking_client_does_the_same(router_in_a_thread: ScriptedRouter) -
         with pytest.raises(ascendra.NotFoundError):
             client.explain("nothing")
     assert "left" in router_in_a_thread.cancelled
+
+
+def test_an_interrupt_of_the_blocking_client_cancels_on_the_server(router_in_a_thread: ScriptedRouter) -> None:
+    """Ctrl-C while a chunk is awaited ends the stream on both sides, and the client goes on working."""
+    router_in_a_thread.script = scripted.always(tokens(0, 0), Pause(60))
+    with Client(router_in_a_thread.address) as client:
+        with pytest.raises(KeyboardInterrupt):
+            for chunk in client.stream("x", request_id="interrupted"):
+                assert chunk.token_ids
+                threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        assert client.tokenize("a") == [97]
+    assert "interrupted" in router_in_a_thread.cancelled

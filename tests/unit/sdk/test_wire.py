@@ -50,6 +50,12 @@ def test_a_wrong_field_is_named(prompt: str | None, options: RequestOptions, mes
         wire.build_request(prompt, options)
 
 
+def test_a_request_too_large_for_a_message_is_refused() -> None:
+    """It would break the stream that it is sent on."""
+    with pytest.raises(InvalidArgumentError, match="at most"):
+        wire.build_request("a" * (wire.MAX_REQUEST_BYTES + 1), {})
+
+
 def test_messages_may_be_mappings() -> None:
     """Messages are dataclasses or mappings with the same keys."""
     chat = wire.chat_to_wire([Message("system", "be brief"), {"role": "user", "content": "hi"}])
