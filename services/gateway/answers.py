@@ -126,7 +126,7 @@ class Answer:
             shown["token_ids"] = list(chunk.token_ids)
         event = {**self._head, "choices": [shown]}
         if chunk.finished is not None:
-            shown |= _end(chunk.finished)
+            shown |= self._end(chunk.finished)
             event["ascendra"] = receipt_json(choice)
         if self._request.continuous_usage:
             event["usage"] = usage_json([choice.usage])
@@ -141,10 +141,16 @@ class Answer:
             shown["text"] = text
         shown["logprobs"] = _joined(choice.logprobs) if choice.logprobs else None
         if choice.finished is not None:
-            shown |= _end(choice.finished)
+            shown |= self._end(choice.finished)
         if self._request.return_token_ids:
             shown["token_ids"] = choice.token_ids
         return shown
+
+    def _end(self, finished: Finished) -> dict[str, Any]:
+        stop_reason: str | int | None = finished.stop_string or None
+        if finished.stop_token_id in self._request.sampling.stop_token_ids:  # end-of-sequence has no reason of its own
+            stop_reason = finished.stop_token_id
+        return {"finish_reason": _FINISH_REASONS[finished.reason], "stop_reason": stop_reason}
 
     def _usage(self) -> dict[str, Any]:
         return usage_json([choice.usage for choice in self.choices], samples=self._request.n)
@@ -206,11 +212,6 @@ def receipt_headers(choice: Choice) -> dict[str, str]:
     if receipt.pool is not None:
         headers["x-ascendra-pool"] = receipt.pool
     return headers
-
-
-def _end(finished: Finished) -> dict[str, Any]:
-    stop_reason = finished.stop_string or finished.stop_token_id
-    return {"finish_reason": _FINISH_REASONS[finished.reason], "stop_reason": stop_reason}
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ REQUESTS = Counter(
 )
 IN_FLIGHT = Gauge("ascendra_gateway_in_flight", "Requests to generate in progress")
 TOKENS = Counter("ascendra_gateway_tokens", "Tokens delivered", ["endpoint"])
-MERGED_TOKENS = Counter("ascendra_gateway_merged_tokens", "Tokens that shared an event because the client was behind")
+MERGED_TOKENS = Counter("ascendra_gateway_merged_tokens", "Tokens that shared an event because a reader was behind")
 TTFT_S = Histogram(
     "ascendra_gateway_time_to_first_token_seconds",
     "From the request's arrival to its first output",

@@ -64,6 +64,16 @@ async def test_a_refusal_is_not_repeated(serve: Serve) -> None:
     assert len(router.requests) == 1
 
 
+async def test_one_failed_choice_ends_all(serve: Serve) -> None:
+    """A request for several completions fails as a whole, and the others are cancelled."""
+    waiting = scripted.always(scripted.tokens(0, 1), Pause(60))
+    script = scripted.in_order(waiting, scripted.always(Pause(0.1), Fail(errors.Unavailable("the worker died"))))
+    async with scripted.serve(script) as router, serve(router) as served:
+        answer = await served.http.post("/v1/completions", json={**BODY, "n": 2}, headers={"x-request-id": "r"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the worker died")
+        await router.until(lambda router: len(router.cancelled) == 1)
+
+
 async def test_a_stream_goes_on_over_another_router(serve: Serve) -> None:
     """When a router dies, its streams continue on another one, without a token lost or repeated."""
     dying = scripted.in_order(lambda r: [scripted.accepted(r), scripted.tokens(0, 0), scripted.Break()], counting(4))

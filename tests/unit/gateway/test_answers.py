@@ -29,9 +29,8 @@ RECEIPT = Receipt(
 
 def answer(kind: Literal["chat", "text"], *, model: str = "m", **options: Any) -> Answer:
     """Return an answer with one choice."""
-    request = GenerationRequest(
-        kind=kind, model=model, prompts=[Prompt(text="x")], n=1, sampling=SamplingParams(), **options
-    )
+    values: dict[str, Any] = {"sampling": SamplingParams(), **options}
+    request = GenerationRequest(kind=kind, model=model, prompts=[Prompt(text="x")], n=1, **values)
     return Answer(request, [Choice("r")], name="id-1", model=model, created=5)
 
 
@@ -74,10 +73,11 @@ def test_stop_reasons() -> None:
         (end(), "stop", None),
         (end(stop="END"), "stop", "END"),
         (end(stop_id=0), "stop", 0),
+        (end(stop_id=1), "stop", None),  # end-of-sequence
         (end(FinishReason.LENGTH), "length", None),
         (end(FinishReason.CANCELLED), "abort", None),
     ):
-        choice = data(answer("text").event(0, chunk, None))["choices"][0]
+        choice = data(answer("text", sampling=SamplingParams(stop_token_ids=[0])).event(0, chunk, None))["choices"][0]
         assert (choice["finish_reason"], choice["stop_reason"]) == (reason, stop_reason)
 
 
