@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +46,8 @@ class ClusterSpec:
     routers: int
     port: int
     """Port of the first router; 0 picks free ones."""
+    gateway_port: int | None = None
+    """Port of the gateway; 0 picks a free one, None: no gateway."""
     work_dir: Path
     """Receives logs and configuration files."""
     model: Path | None = None
@@ -67,13 +70,14 @@ class ClusterSpec:
 class Parts:
     """The processes, by the order in which they are stopped."""
 
+    gateways: list[Child] = field(default_factory=list)
     routers: list[Child] = field(default_factory=list)
     workers: list[Child] = field(default_factory=list)
     predictor: list[Child] = field(default_factory=list)
 
     def all(self) -> list[Child]:
         """Return every process."""
-        return [*self.routers, *self.workers, *self.predictor]
+        return [*self.gateways, *self.routers, *self.workers, *self.predictor]
 
 
 class LocalCluster:
@@ -85,6 +89,8 @@ class LocalCluster:
         """Address by router."""
         self.http_addresses: dict[str, str] = {}
         """Address of /health and /metrics by router or worker."""
+        self.gateway_url = ""
+        """Base URL of the OpenAI protocol; empty without a gateway."""
         self.model: Path | None = None
         self.waiting_for: set[str] = set()
         """Names of what is not ready yet."""
@@ -108,12 +114,17 @@ class LocalCluster:
         limit_s = _START_LIMIT_S[self.spec.engine]
         try:
             async with asyncio.timeout(limit_s):
+                _check_ports(self.spec)
                 self._prepare_work_dir()
                 self.model = self.spec.model or await self._build_demo_model()
                 self._make_parts(self.model)
-                self._keepers = [asyncio.create_task(self._keep(child), name=child.name) for child in self._parts.all()]
+                for child in self._parts.all():
+                    self._begin(child)
                 await self._ready()
                 await self._attached()
+                if self.spec.gateway_port is not None:
+                    self._begin(self._make_gateway(self.spec.gateway_port))
+                    await self._ready()
         except TimeoutError:
             raise CliError(
                 f"not up after {limit_s:.0f} s; still waiting for {', '.join(sorted(self.waiting_for)) or 'workers'}",
@@ -122,9 +133,9 @@ class LocalCluster:
         self._up = True
 
     async def stop(self) -> None:
-        """Stop routers, workers and predictor, in this order; each may finish what it has for a few seconds."""
+        """Stop gateway, routers, workers and predictor, in this order; each may finish for a few seconds."""
         self._stopping = True
-        for children in (self._parts.routers, self._parts.workers, self._parts.predictor):
+        for children in (self._parts.gateways, self._parts.routers, self._parts.workers, self._parts.predictor):
             ended = await asyncio.gather(*(child.stop(DRAIN_S + _STOP_MARGIN_S) for child in children))
             for child, by_itself in zip(children, ended, strict=True):
                 if not by_itself:
@@ -196,6 +207,18 @@ class LocalCluster:
             self._parts.routers.append(self._child(f"router-{number}", "services.router", arguments))
         self.waiting_for = {"predictor", *workers, *(router.name for router in self._parts.routers)}
 
+    def _make_gateway(self, port: int) -> Child:
+        self.activity = "starting the gateway"
+        arguments = [
+            *("--listen", f"127.0.0.1:{port}"),
+            *("--routers", ",".join(self.addresses.values())),
+            *("--drain-timeout-s", str(DRAIN_S)),
+        ]
+        gateway = self._child("gateway", "services.gateway", arguments)
+        self._parts.gateways = [gateway]
+        self.waiting_for = {gateway.name}
+        return gateway
+
     def _worker_children(self, model: Path, addresses: dict[str, str], predictor: str) -> list[Child]:
         spec = self.spec
         files = []
@@ -241,6 +264,9 @@ class LocalCluster:
 
     # Life
 
+    def _begin(self, child: Child) -> None:
+        self._keepers.append(asyncio.create_task(self._keep(child), name=child.name))
+
     async def _keep(self, child: Child) -> None:
         """Run a process, and run it again when it ends unasked."""
         pause_s, longest_s = _RESTART_PAUSE_S
@@ -276,9 +302,12 @@ class LocalCluster:
         name = str(event.get("worker_id") or child.name)
         if event.get("http"):
             self.http_addresses[name] = str(event["http"])
-        if child in self._parts.routers:
+        if child in (*self._parts.routers, *self._parts.gateways):
             address = str(event["address"])
-            self.addresses[name] = address
+            if child in self._parts.routers:
+                self.addresses[name] = address
+            else:
+                self.gateway_url = f"http://{address}"
             child.arguments[child.arguments.index("--listen") + 1] = address  # the same one after a restart
         verb = "ready again" if self._up else f"ready after {time.monotonic() - self._started_s:.1f} s"
         self._report(f"{name} {verb}")
@@ -324,6 +353,19 @@ def checkout() -> Path:
             hint="clone the repository and run `make up` there; `ascendra generate` and the others work anywhere",
         )
     return root
+
+
+def _check_ports(spec: ClusterSpec) -> None:
+    """Raise CliError for a port that another process has, rather than let a router fail on it a minute later."""
+    for port in range(spec.port, spec.port + spec.routers) if spec.port else ():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise CliError(
+                    f"port {port}: {error.strerror}", hint="choose another with --port; 0 picks one"
+                ) from error
 
 
 def _max_model_len(model: Path) -> int:

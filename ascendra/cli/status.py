@@ -55,10 +55,13 @@ def run_status(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 for status in client.watch_status(arguments.interval_s):
                     print(json.dumps(as_dict(status)), flush=True)
-            else:
+            elif console.is_terminal:
                 with Live(auto_refresh=False, console=console) as live:
                     for status in client.watch_status(arguments.interval_s):
                         live.update(render(status, console.width), refresh=True)
+            else:  # a file or pipe keeps every picture, where Live would keep the last
+                for status in client.watch_status(arguments.interval_s):
+                    console.print(render(status, console.width), Text())
     return 0
 
 

@@ -24,11 +24,15 @@ def add_commands(commands: Commands) -> None:
     up = commands.add_parser(
         "up",
         help="start a cluster on this machine",
-        description="Start predictor, workers and routers as processes of this machine; Ctrl-C stops them.",
+        description="Start predictor, workers, routers and, on request, a gateway on this machine; Ctrl-C stops them.",
     )
     up.add_argument(
-        "--port", type=int, metavar="PORT", default=7100,
+        "--port", type=_count, metavar="PORT", default=7100,
         help="port of the first router, the next ones follow; 0 picks free ones (default: %(default)s)",
+    )  # fmt: skip
+    up.add_argument(
+        "--gateway", type=_count, metavar="PORT", nargs="?", const=8000,
+        help="serve the OpenAI protocol too, on this port; 0 picks a free one (default port: %(const)s)",
     )  # fmt: skip
     add_cluster_options(up)
     up.set_defaults(run=run_up)
@@ -64,7 +68,9 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router-config", type=Path, metavar="FILE", help="YAML configuration of the routers")
 
 
-def cluster_spec(arguments: argparse.Namespace, *, port: int, work_dir: str) -> ClusterSpec:
+def cluster_spec(
+    arguments: argparse.Namespace, *, port: int, work_dir: str, gateway_port: int | None = None
+) -> ClusterSpec:
     """Return what the options describe. Raises CliError."""
     if arguments.lp < 1 or arguments.routers < 1:
         raise CliError("--lp and --routers must be at least 1", exit_status=2)
@@ -77,6 +83,7 @@ def cluster_spec(arguments: argparse.Namespace, *, port: int, work_dir: str) -> 
         engine=arguments.engine,
         routers=arguments.routers,
         port=port,
+        gateway_port=gateway_port,
         work_dir=arguments.work_dir or checkout() / "run" / work_dir,
         model=model.resolve() if model else None,
         worker_config=arguments.worker_config,
@@ -86,7 +93,7 @@ def cluster_spec(arguments: argparse.Namespace, *, port: int, work_dir: str) -> 
 
 def run_up(arguments: argparse.Namespace) -> int:
     """Run a cluster until Ctrl-C or SIGTERM."""
-    spec = cluster_spec(arguments, port=arguments.port, work_dir="up")
+    spec = cluster_spec(arguments, port=arguments.port, work_dir="up", gateway_port=arguments.gateway)
     return asyncio.run(_up(spec, Console(highlight=False)))
 
 
@@ -177,6 +184,8 @@ def _print_summary(cluster: LocalCluster, console: Console) -> None:
     for name, address in cluster.addresses.items():
         metrics = cluster.http_addresses.get(name)
         console.print(f"  {name}  {address}" + (f"  metrics http://{metrics}/metrics" if metrics else ""))
+    if cluster.gateway_url:
+        console.print(f"  gateway   {cluster.gateway_url}/v1  (OpenAI protocol)")
     console.print(f"  logs  {cluster.logs}")
     address = next(iter(cluster.addresses.values()))
     where = "" if address == DEFAULT_ADDRESS else f" --address {address}"
