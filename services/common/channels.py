@@ -31,7 +31,8 @@ _SERVER_KEEPALIVE: Options = [
 ]
 _RECONNECT: Options = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name the time that one attempt to connect may take: a handshake over a long way, or a busy peer.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
