@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +141,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """The SDK's version is printed."""
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith(f"ascendra {importlib.metadata.version('ascendra')}\n")
+
+
+def test_up_says_which_port_is_taken(
+    router_in_a_thread: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A port in use is reported before anything starts."""
+    port = router_in_a_thread.address.rpartition(":")[2]
+    assert main(["up", "--port", port, "--work-dir", str(tmp_path)]) == 1
+    assert f"error: port {port}: Address already in use" in capsys.readouterr().err
