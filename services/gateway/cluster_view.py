@@ -41,13 +41,15 @@ class Snapshot:
     @property
     def workers(self) -> list[cluster_pb2.WorkerStatus]:
         """Every worker once, as seen by the router that heard from it last."""
+        reported = [worker for status in self.reachable for worker in status.workers]
+        # A router that is not attached yet knows a worker only by its address.
+        ids = {worker.address: worker.worker_id for worker in reported if worker.worker_id}
         found: dict[str, cluster_pb2.WorkerStatus] = {}
-        for status in self.reachable:
-            for worker in status.workers:
-                key = worker.worker_id or worker.address
-                known = found.get(key)
-                if known is None or _news(worker) < _news(known):
-                    found[key] = worker
+        for worker in reported:
+            key = worker.worker_id or ids.get(worker.address, worker.address)
+            known = found.get(key)
+            if known is None or _news(worker) < _news(known):
+                found[key] = worker
         return sorted(found.values(), key=lambda worker: (worker.worker_id, worker.address))
 
     @property

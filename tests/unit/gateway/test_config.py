@@ -1,0 +1,25 @@
+"""The gateway's configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.config import ConfigError, resolve
+from services.gateway.config import GatewayConfig
+
+SHIPPED = Path(__file__).resolve().parents[3] / "deploy" / "config" / "gateway.yaml"
+
+
+def test_the_shipped_file_is_accepted() -> None:
+    """Every key of deploy/config/gateway.yaml exists, and its routers are read."""
+    assert resolve(GatewayConfig, file=SHIPPED).routers == ("127.0.0.1:7100",)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"routers": ""}, {"max_choices": "0"}, {"request_timeout_s": "0"}, {"attainment_target": "1.5"}]
+)
+def test_impossible_values_are_refused(flags: dict[str, Any]) -> None:
+    """The message names the key."""
+    with pytest.raises(ConfigError, match=next(iter(flags)).replace("_", "-")):
+        resolve(GatewayConfig, flags=flags)
