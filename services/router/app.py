@@ -21,6 +21,7 @@ from services.router.config import RouterConfig
 from services.router.decision_log import DecisionLog
 from services.router.discovery import WorkerPool
 from services.router.dispatcher import Dispatcher
+from services.router.instance import Instance
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
 from services.router.servicer import InferenceServicer
@@ -121,7 +122,8 @@ class Router:
             breaker_failures=config.breaker_failures,
             breaker_open_s=config.breaker_open_s,
         )
-        return WorkerLink(address, settings, token_load_model(), self.dispatcher)
+        instance = Instance(address, token_load_model(), config.budget_policy)
+        return WorkerLink(address, settings, instance, self.dispatcher)
 
     async def _background(self, server: GrpcServer) -> None:
         async with asyncio.TaskGroup() as tasks:

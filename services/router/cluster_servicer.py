@@ -131,7 +131,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             prompt_tokens=_TYPICAL_PROMPT_TOKENS,
             slo=Slo(ttft_s=1.0, tbt_s=1.0),
         )
-        estimate = kept_ahead(view, self._dispatcher.config.budget_policy).estimate(typical)
+        estimate = kept_ahead(view, instance.budget).estimate(typical)
         policy = instance.policy
         names = (policy.value_function, policy.token_budget, policy.relegation)
         return cluster_pb2.WorkerStatus(

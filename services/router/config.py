@@ -76,7 +76,7 @@ class RouterConfig:
     max_moves: int = option(5, "attempts of one request that may end because a worker failed")
     no_worker_wait_s: float = option(3.0, "a request waits this long for a worker when there is none, in seconds")
 
-    silence_heartbeats: float = option(4.0, "a worker silent for this many of its heartbeats is suspect")
+    silence_heartbeats: float = option(12.0, "a worker silent for this many of its heartbeats is suspect")
     stall_s: float = option(15.0, "a worker whose steps stand still this long with work queued is suspect")
     cancel_timeout_s: float = option(10.0, "a cancellation not acknowledged in this time counts against the worker")
     withdraw_timeout_s: float = option(5.0, "a withdrawal not answered in this time is given up")

@@ -20,8 +20,9 @@ from services.common.errors import (
 from services.common.logging import get_logger
 from services.policy.admission import AdmissionAction, admit
 from services.policy.order import OrderPolicy
-from services.policy.placement import Placement, PlacementPolicy, PlacementState, place
+from services.policy.placement import Placement, PlacementPolicy, PlacementState, place, queue_ttft_s
 from services.policy.state import InstanceView, QueuedRequest, Role
+from services.policy.token_budget import BudgetPolicy
 from services.router import metrics
 from services.router.attainment import Attainment
 from services.router.config import RouterConfig
@@ -185,8 +186,13 @@ class Dispatcher:
             links.pop(avoid.worker_id, None)
         queued = request.queued()
         views = [self.view(link, now_s) for link in links.values()]
-        budget, affinity = self.config.budget_policy, request.spec.session_id
-        choice = place(queued, views, self._placement, self._placement_state, budget, affinity)
+
+        def predict(view: InstanceView, new: QueuedRequest, _: BudgetPolicy) -> float:
+            return queue_ttft_s(view, new, links[view.worker_id].instance.budget)
+
+        affinity = request.spec.session_id
+        state, default = self._placement_state, self.config.budget_policy
+        choice = place(queued, views, self._placement, state, default, affinity, predict)
         if choice.worker_id is None:
             self._park(request, now_s)
             return
@@ -359,7 +365,6 @@ class Dispatcher:
         self._where.pop(request.spec.request_id, None)
         link.forget(placed)
         if failed.code == _INVALID_ARGUMENT:
-            link.breaker.trial_lost()
             self.fail(request, InvalidArgument(failed.message, reason=failed.reason or None))
             return
         if failed.reason not in ("DRAINING", "QUEUE_FULL"):
@@ -374,14 +379,16 @@ class Dispatcher:
     # Inside.
 
     def _admit(self, request: LiveRequest, queued: QueuedRequest, now_s: float) -> None:
-        views = [self.view(link, now_s) for link in self.links() if link.takes_requests(now_s)]
-        if not views:
+        links = [link for link in self.links() if link.takes_requests(now_s)]
+        if not links:
             return  # it waits for a worker, for a while
-        budget = self.config.budget_policy
-        estimates = [
-            (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget).estimate(queued) for view in views
-        ]
-        waiting = sum(len(view.queue) for view in views)
+        estimates = []
+        waiting = 0
+        for link in links:
+            view = self.view(link, now_s)
+            ahead = urgent_ahead if view.role is Role.HIGH else kept_ahead
+            estimates.append(ahead(view, link.instance.budget).estimate(queued))
+            waiting += len(view.queue)
         decision = admit(
             request.spec.slo,
             estimates,
@@ -408,7 +415,7 @@ class Dispatcher:
         """Return predicted remaining seconds to the first token and seconds of queue ahead, in the engine's order."""
         view = self.view(link, now_s)
         view.queue.append(queued)
-        ordered, estimates, _ = in_order(view, now_s, self.order_policy(link), self.config.budget_policy)
+        ordered, estimates, _ = in_order(view, now_s, self.order_policy(link), link.instance.budget)
         for other, estimate in zip(ordered, estimates, strict=True):
             if other is queued:
                 return estimate.mean_s + view.hop_s, estimate.wait_s

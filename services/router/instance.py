@@ -1,11 +1,12 @@
 """One worker as the policies see it: telemetry, and this router's own requests from the moment they are sent."""
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import StepTimeModel
+from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 from services.router.wire import ROLE_FROM_PROTO
 
@@ -39,10 +40,18 @@ class Placed:
 class Instance:
     """Keeps an InstanceView current. Times are seconds on the router's monotonic clock."""
 
-    def __init__(self, address: str, model: StepTimeModel) -> None:
+    def __init__(self, address: str, model: StepTimeModel, budget: BudgetPolicy) -> None:
+        """Start without knowing the worker.
+
+        Args:
+            model: step-time model until `refresh` brings a better one.
+            budget: how its steps are sized, where the worker does not say.
+        """
         self.view = InstanceView(worker_id="", role=Role.UNIFIED, model=model)
         self.address = address
         self.policy = worker_pb2.SchedulingPolicy()
+        self.budget = self._default_budget = budget
+        """How the worker sizes its steps."""
         self.last_message_s = 0.0
         self.steps = 0
         self.steps_changed_s = 0.0
@@ -69,12 +78,26 @@ class Instance:
         view.max_num_batched_tokens = welcome.max_num_batched_tokens
         view.kv_capacity_tokens = welcome.kv_capacity_tokens
         view.draining = welcome.draining
-        self.policy = welcome.policy
+        self.adopt(welcome.policy)
         self._queue.clear()
         self._decode_tbt_s.clear()
         view.decodes = view.decode_context_tokens = 0
         self.waiting = self.running = self.queued_prefill_tokens = self.steps = 0
         self.last_message_s = self.steps_changed_s = self._report_s = now_s
+
+    def adopt(self, policy: worker_pb2.SchedulingPolicy, static_tokens: int = 0) -> None:
+        """Take over the policies that the worker says are in force.
+
+        Args:
+            static_tokens: size of its steps under a static budget; 0: not seen yet.
+        """
+        self.policy = policy
+        default = self._default_budget
+        kind = policy.token_budget if policy.token_budget in (STATIC, DYNAMIC) else default.kind
+        most = max(self.view.max_num_batched_tokens, 1)
+        static_tokens = min(static_tokens or default.static_tokens, most)
+        max_tokens = min(default.max_tokens, most)
+        self.budget = replace(default, kind=kind, static_tokens=static_tokens, max_tokens=max_tokens)
 
     def telemetry(self, step: common_pb2.StepTelemetry, now_s: float) -> None:
         """Take in one engine step."""
@@ -84,6 +107,8 @@ class Instance:
         self.waiting, self.running = step.waiting, step.running
         self.queued_prefill_tokens = step.queued_prefill_tokens
         self.kv_usage = step.kv_usage
+        if self.budget.kind == STATIC and step.token_budget not in (0, self.budget.static_tokens):
+            self.adopt(self.policy, step.token_budget)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
         if step.prefill_tokens:

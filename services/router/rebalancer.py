@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ascendra.v1 import worker_pb2
 from services.common.errors import ResourceExhausted
+from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s
 from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload
 from services.policy.prefill import PrefillPace, TtftEstimate
@@ -21,6 +22,8 @@ from services.router.estimates import Ahead, in_order, urgent_ahead
 from services.router.instance import Placed
 from services.router.request import DecisionRecord, State
 from services.router.worker_link import WorkerLink
+
+log = get_logger()
 
 _Leaving = tuple[Placed, str, str, WorkerLink | None, tuple[float, float] | None, float]
 """Request, kind, rule, target, predicted (TTFT, queue ahead) there, retry delay of a refusal; times in seconds."""
@@ -83,7 +86,10 @@ class Rebalancer:
                 pass
             self._changed.clear()
             began_s = time.monotonic()
-            self.round(began_s)
+            try:
+                self.round(began_s)
+            except Exception:
+                log.exception("round_failed")  # what waits stays where it is until the next round
             took_s = time.monotonic() - began_s
             metrics.ROUND_SECONDS.observe(took_s)
             await asyncio.sleep(max(_SHORTEST_ROUND_S, took_s / _ROUND_SHARE))
@@ -99,8 +105,7 @@ class Rebalancer:
         high = [link for link in links if link.instance.view.role is Role.HIGH and link.takes_requests(now_s)]
         queues = [self._queue(link, now_s) for link in sources]
         if self._config.offload:
-            views = {link.worker_id: self._dispatcher.view(link, now_s) for link in high}
-            ahead = {worker_id: urgent_ahead(view, self._config.budget_policy) for worker_id, view in views.items()}
+            ahead = {link.worker_id: self._ahead(link, now_s) for link in high}
             by_id = {link.worker_id: link for link in high}
             for queue in queues:
                 self._offload(queue, ahead, by_id, now_s)
@@ -129,9 +134,12 @@ class Rebalancer:
     def _queue(self, link: WorkerLink, now_s: float) -> _Queue:
         view = self._dispatcher.view(link, now_s)
         order = self._dispatcher.order_policy(link)
-        ordered, estimates, pace = in_order(view, now_s, order, self._config.budget_policy)
+        ordered, estimates, pace = in_order(view, now_s, order, link.instance.budget)
         placed = {placed.queued.request_id: placed for placed in link.instance.queue}
         return _Queue(link, ordered, estimates, pace, placed)
+
+    def _ahead(self, link: WorkerLink, now_s: float) -> Ahead:
+        return urgent_ahead(self._dispatcher.view(link, now_s), link.instance.budget)
 
     def _offload(self, queue: _Queue, ahead: dict[str, Ahead], high: dict[str, WorkerLink], now_s: float) -> None:
         leaving: list[_Leaving] = []
@@ -178,13 +186,14 @@ class Rebalancer:
         by_id = {queue.link.worker_id: queue for queue in queues}
         targets = {link.worker_id: link for link in high}
         for ticket in granted:
-            queue, target = by_id[ticket.holder], targets[ticket.issuer]
+            queue, target = by_id[ticket.holder], targets.get(ticket.issuer)
+            if target is None:  # it left since it issued the ticket
+                continue
             open_ = [q for q in queue.ordered if self._may_leave(queue, q)]
             chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
             if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
                 continue
-            ahead = urgent_ahead(self._dispatcher.view(target, now_s), self._config.budget_policy)
-            predicted = ahead.estimate(chosen)
+            predicted = self._ahead(target, now_s).estimate(chosen)
             transfer = (
                 queue.placed[chosen.request_id], "ticket", "an HP worker has room", target,
                 (predicted.mean_s, predicted.wait_s), 0.0,

@@ -16,7 +16,6 @@ from ascendra.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channels import open_channel
 from services.common.logging import get_logger
 from services.policy.state import Role
-from services.policy.step_time import StepTimeModel
 from services.router import metrics
 from services.router.breaker import Breaker
 from services.router.instance import Instance, Placed
@@ -76,15 +75,11 @@ class LinkSettings:
 class WorkerLink:
     """A worker, attached or being dialled."""
 
-    def __init__(self, address: str, settings: LinkSettings, prior: StepTimeModel, events: LinkEvents) -> None:
-        """Make a link; `run` attaches it.
-
-        Args:
-            prior: step-time model until the worker or the predictor says better.
-        """
+    def __init__(self, address: str, settings: LinkSettings, instance: Instance, events: LinkEvents) -> None:
+        """Make a link; `run` attaches it and keeps `instance` current."""
         self.address = address
         self.settings = settings
-        self.instance = Instance(address, prior)
+        self.instance = instance
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_open_s)
         self.welcome: worker_pb2.Welcome | None = None
         """Of the present stream; None while not attached."""
@@ -149,13 +144,13 @@ class WorkerLink:
         """Stop listening to an attempt that ended or was given up; tokens that still come are stale."""
         if self.placed.pop(placed.handle, None) is not None:
             self.instance.gone(placed)
+            self.breaker.trial_lost()
 
     def cancel(self, placed: Placed) -> None:
         """Abort an attempt and stop listening to it. The worker has to acknowledge within the limit."""
         if placed.handle not in self.placed:
             return
         self.forget(placed)
-        self.breaker.trial_lost()
         if self.welcome is not None:
             self._to_cancel.append(placed.handle)
             self._cancelling[placed.handle] = time.monotonic() + self.settings.cancel_timeout_s
@@ -338,7 +333,7 @@ class WorkerLink:
 
     def _on_role_changed(self, changed: worker_pb2.RoleChanged) -> None:
         self._role_changed.set()
-        self.instance.policy = changed.policy
+        self.instance.adopt(changed.policy)
         self.instance.view.role = ROLE_FROM_PROTO.get(changed.role, self.instance.view.role)
 
     async def _watch(self) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.policy.state import Role, Slo
+from services.policy.token_budget import BudgetPolicy
 from services.router.instance import OTHERS, Instance, Placed
 from services.router.mailbox import Mailbox
 from services.router.prediction import token_load_model
@@ -14,7 +15,7 @@ MODEL = token_load_model()
 
 def instance() -> Instance:
     """Return a welcomed LP worker at 100 s."""
-    fresh = Instance("a:1", MODEL)
+    fresh = Instance("a:1", MODEL, BudgetPolicy())
     fresh.welcome(worker_pb2.Welcome(worker_id="w", role=common_pb2.ROLE_LOW_PRIORITY, kv_capacity_tokens=1000), 100.0)
     return fresh
 
@@ -115,3 +116,14 @@ def test_the_token_rate_covers_ten_seconds() -> None:
     for tenth in range(300):
         worker.count_tokens(1, 100.0 + tenth / 10)
     assert worker.rate(130.0) == pytest.approx(10, rel=0.2)
+
+
+def test_steps_are_sized_as_the_worker_says() -> None:
+    """Its hard cap bounds the budget; a static one is read off the telemetry."""
+    worker = Instance("a:1", MODEL, BudgetPolicy())
+    dynamic = worker_pb2.SchedulingPolicy(token_budget="dynamic")
+    worker.welcome(worker_pb2.Welcome(worker_id="w", max_num_batched_tokens=256, policy=dynamic), 100.0)
+    assert (worker.budget.kind, worker.budget.max_tokens) == ("dynamic", 256)
+    worker.adopt(worker_pb2.SchedulingPolicy(token_budget="static"))
+    worker.telemetry(telemetry(token_budget=192), 101.0)
+    assert (worker.budget.kind, worker.budget.static_tokens) == ("static", 192)
