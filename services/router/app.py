@@ -27,6 +27,7 @@ from services.router.rebalancer import Rebalancer
 from services.router.servicer import InferenceServicer
 from services.router.text import TextCodec
 from services.router.validation import Limits
+from services.router.worker_events import WorkerEvents
 from services.router.worker_link import LinkSettings, WorkerLink
 
 log = get_logger()
@@ -55,6 +56,7 @@ class Router:
         )
         self.dispatcher = Dispatcher(config, self.predictions, self.decision_log, self.pool.links)
         self.rebalancer = Rebalancer(self.dispatcher)
+        self._events = WorkerEvents(self.dispatcher, self.rebalancer)
         self.closing = asyncio.Event()
         self.started = asyncio.Event()
         self.address = ""
@@ -123,7 +125,7 @@ class Router:
             breaker_open_s=config.breaker_open_s,
         )
         instance = Instance(address, token_load_model(), config.budget_policy)
-        return WorkerLink(address, settings, instance, self.dispatcher)
+        return WorkerLink(address, settings, instance, self._events)
 
     async def _background(self, server: GrpcServer) -> None:
         async with asyncio.TaskGroup() as tasks:

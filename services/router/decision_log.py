@@ -1,8 +1,10 @@
-"""Decisions as JSON lines in a file: written by a thread, bounded, never in the way of serving."""
+"""Decisions and ends of requests as JSON lines in a file: written by a thread, bounded, never in the way of serving."""
 
+import math
 import queue
 import threading
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -27,17 +29,49 @@ class DecisionLog:
         """Append a decision; dropped and counted when the disk cannot follow."""
         if self._file is None:
             return
-        line = {
-            "request_id": request.spec.request_id,
-            "at_ms": round(record.at_s * 1000, 3),
-            "kind": record.kind,
-            "rule": record.rule,
-            "from": record.from_worker_id,
-            "to": record.to_worker_id,
-            "predicted_ttft_ms": round(record.predicted_ttft_s * 1000, 3),
-            "prompt_tokens": request.spec.prompt_tokens,
-            "slo_class": request.spec.slo_class,
-        }
+        self._append(
+            {
+                "request_id": request.spec.request_id,
+                "at_ms": _ms(record.at_s),
+                "kind": record.kind,
+                "rule": record.rule,
+                "from": record.from_worker_id,
+                "to": record.to_worker_id,
+                "predicted_ttft_ms": _ms(record.predicted_ttft_s),
+                "prompt_tokens": request.spec.prompt_tokens,
+                "slo_class": request.spec.slo_class,
+            }
+        )
+
+    def write_end(self, request: LiveRequest, outcome: str, now_s: float) -> None:
+        """Append what was asked and what became of it: the request can be simulated from this line (bench/replay.py).
+
+        `arrival_s` is on the host's monotonic clock; tokens that a resumed request brought count as prompt.
+        """
+        if self._file is None:
+            return
+        spec, resumed = request.spec, request.resumed_tokens
+        self._append(
+            {
+                "request_id": spec.request_id,
+                "at_ms": _ms(now_s - request.arrival_s),
+                "kind": "end",
+                "outcome": outcome,
+                "arrival_s": round(request.arrival_s, 6),
+                "prompt_tokens": spec.prompt_tokens + resumed,
+                "cached_prompt_tokens": request.cached_prompt_tokens,
+                "output_tokens": len(request.generated) - resumed,
+                "max_tokens": spec.sampling.max_tokens - resumed,
+                "slo_class": spec.slo_class,
+                "ttft_slo_ms": _ms(spec.slo.ttft_s),
+                "tbt_slo_ms": _ms(spec.slo.tbt_s),
+                "ttft_ms": _ms(request.ttft_s),
+                "p99_gap_ms": _ms(request.p99_gap_s()),
+                "relegated": request.relegated,
+            }
+        )
+
+    def _append(self, line: dict[str, Any]) -> None:
         try:
             self._queue.put_nowait(orjson.dumps(line) + b"\n")
         except queue.Full:
@@ -59,3 +93,8 @@ class DecisionLog:
                 file.write(line)
                 if self._queue.empty():
                     file.flush()
+
+
+def _ms(seconds: float) -> float | None:
+    """Return milliseconds; None for a time that never came."""
+    return round(seconds * 1000, 3) if math.isfinite(seconds) else None

@@ -1,4 +1,4 @@
-"""The table of live requests: where each one is placed, what its worker says, and where it goes when a worker fails.
+"""The table of live requests: how they are admitted and placed, and where they go when a worker fails.
 
 A thin shell over services.policy: it gathers views, asks the policy, and carries the answer out.
 """
@@ -6,13 +6,12 @@ A thin shell over services.policy: it gathers views, asks the policy, and carrie
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ascendra.v1 import cluster_pb2, common_pb2, predictor_pb2, worker_pb2
+from ascendra.v1 import cluster_pb2, common_pb2
 from services.common.errors import (
     DeadlineExceeded,
-    InvalidArgument,
     ResourceExhausted,
     ServiceError,
     Unavailable,
@@ -30,8 +29,8 @@ from services.router.decision_log import DecisionLog
 from services.router.estimates import in_order, kept_ahead, urgent_ahead
 from services.router.instance import Placed
 from services.router.prediction import Predictions
-from services.router.request import DecisionRecord, Drop, LiveRequest, State
-from services.router.wire import ROLE_TO_PROTO, model_from_proto
+from services.router.request import DecisionRecord, LiveRequest, State
+from services.router.wire import ROLE_TO_PROTO
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
@@ -68,12 +67,6 @@ class Dispatcher:
         self.admitting = True
         self.work_changed: Callable[[], None] = lambda: None
         """Called when waiting requests should be looked at again."""
-        self.placed_elsewhere: Callable[[WorkerLink, worker_pb2.Withdrawn], None] = lambda link, withdrawn: None
-        """Takes the answer to a withdrawal."""
-        self.withdrawals_lost: Callable[[WorkerLink], None] = lambda link: None
-        """Called when a worker will not answer withdrawals any more."""
-        self.drain_waiting: Callable[[WorkerLink], None] = lambda link: None
-        """Called when a worker's waiting requests should leave it."""
         self._decision_log = decision_log
         self._placement = PlacementPolicy(name=config.placement)
         self._placement_state = PlacementState()
@@ -118,7 +111,7 @@ class Dispatcher:
         """
         if request.ended:
             return
-        self._stop_attempt(request)
+        self.stop_attempt(request)
         if acknowledge:
             text, finished = request.finish(common_pb2.FINISH_REASON_CANCELLED)
             request.sink.finished(text, finished)
@@ -131,7 +124,7 @@ class Dispatcher:
         if request.ended:
             return
         request.fail(state)
-        self._stop_attempt(request)
+        self.stop_attempt(request)
         request.sink.failed(error)
         self._close(request, error.reason.lower())
 
@@ -256,8 +249,19 @@ class Dispatcher:
         """Abort a request's present attempt and continue it elsewhere."""
         found = self._where.get(request.spec.request_id)
         if found is not None and not request.ended:
-            self._stop_attempt(request)
-            self._move(request, found[0], why)
+            self.stop_attempt(request)
+            self.move(request, found[0], why)
+
+    def detach(self, request: LiveRequest) -> None:
+        """Take note that a request's attempt is over at its worker."""
+        self._where.pop(request.spec.request_id, None)
+
+    def place_parked(self, why: str) -> None:
+        """Place the requests that wait for a worker."""
+        waiting, self._parked = list(self._parked.values()), {}
+        metrics.PARKED.set(0)
+        for parked in waiting:
+            self.place(parked.request, "move" if parked.request.moves else "place", why)
 
     def parked(self) -> int:
         """Return how many requests wait for any worker."""
@@ -274,109 +278,6 @@ class Dispatcher:
                 retry_after_ms=1000,
             )
             self.fail(parked.request, error)
-
-    # What workers say.
-
-    def on_up(self, link: WorkerLink) -> None:
-        """Use a worker that attached, first of all for requests that wait for one."""
-        assert link.welcome is not None
-        twins = (other for other in self.links() if other is not link and other.attached)
-        twin = next((other for other in twins if other.worker_id == link.worker_id), None)
-        if twin is not None:
-            link.refused_why = f"{twin.address} has the same worker id {link.worker_id!r}"
-            log.error("worker_refused", address=link.address, why=link.refused_why)
-            return
-        model = None
-        if link.welcome.HasField("step_time_model"):
-            try:
-                model = model_from_proto(link.welcome.step_time_model)
-            except ValueError as error:
-                log.warning("model_refused", worker_id=link.worker_id, why=str(error))
-        self.predictions.worker_model(link.worker_id, model)
-        waiting, self._parked = list(self._parked.values()), {}
-        metrics.PARKED.set(0)
-        for parked in waiting:
-            self.place(parked.request, "move" if parked.request.moves else "place", "a worker came up")
-
-    def on_down(self, link: WorkerLink, orphans: Sequence[Placed], why: str) -> None:
-        """Move what was on a worker whose stream ended."""
-        self.withdrawals_lost(link)
-        for twin in self.links():
-            if twin is not link and twin.refused_why and twin.worker_id == link.worker_id:
-                twin.sever("its twin is gone")
-        for placed in orphans:
-            self._where.pop(placed.request.spec.request_id, None)
-        for placed in orphans:
-            self._move(placed.request, link, f"worker lost ({why})")
-        self.work_changed()
-
-    def on_step(self, link: WorkerLink, step: worker_pb2.StepOutput, now_s: float) -> None:
-        """Hand tokens to their streams. Never waits; the cost per token counts here."""
-        placed_by = link.placed
-        token_ids = list(step.token_ids)
-        ended = {end.handle: end for end in step.ended} if step.ended else {}
-        logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
-        observe_gap = metrics.GAPS.observe
-        position = 0
-        for handle, count in zip(step.handles, step.token_counts, strict=True):
-            chunk = token_ids[position : position + count]
-            position += count
-            placed = placed_by.get(handle)
-            if placed is None:
-                metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
-                continue
-            request = placed.request
-            end = ended.get(handle) if ended else None
-            silent = end is not None and _is_silent(request, end)
-            delta = request.tokens(placed.attempt, placed.next_offset, chunk, now_s, silent)
-            if isinstance(delta, Drop):
-                metrics.DROPPED_FRAMES.labels(reason=delta).inc()
-                continue
-            if not placed.delivered:
-                self._first_token(link, placed, now_s)
-            else:
-                observe_gap(request.last_gap_s)
-            placed.next_offset += count
-            positions = logprobs.get(handle, ())[: len(delta.token_ids)] if logprobs else ()
-            if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions):
-                self._too_slow(request)
-            elif delta.ended and end is None:
-                self._end_here(request)
-        for telemetry in step.telemetry:
-            self.predictions.observe_step(link.worker_id, telemetry.prefill_tokens, telemetry.step_s)
-        for end in step.ended:
-            self._on_ended(link, end)
-        self._on_standing(link, step)
-        metrics.TOKENS.inc(position)
-        link.instance.count_tokens(position, now_s)
-        if link.instance.has_queue:
-            self.work_changed()
-
-    def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
-        """Pass the answer on to who asked."""
-        self.placed_elsewhere(link, withdrawn)
-
-    def on_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:
-        """Refuse, or try elsewhere, what a worker could not serve."""
-        placed = link.placed.get(failed.handle)
-        if placed is None:
-            return
-        request = placed.request
-        self._where.pop(request.spec.request_id, None)
-        link.forget(placed)
-        if failed.code == _INVALID_ARGUMENT:
-            self.fail(request, InvalidArgument(failed.message, reason=failed.reason or None))
-            return
-        if failed.reason not in ("DRAINING", "QUEUE_FULL"):
-            link.breaker.failed(time.monotonic())
-        self._move(request, link, f"{failed.reason or failed.code}: {failed.message}")
-
-    def on_draining(self, link: WorkerLink, remaining_s: float) -> None:
-        """Let waiting requests leave a worker that drains; running ones move when it gives them up."""
-        log.info("worker_draining", worker_id=link.worker_id, remaining_s=remaining_s)
-        self.drain_waiting(link)
-
-    # Inside.
 
     def _admit(self, request: LiveRequest, queued: QueuedRequest, now_s: float) -> None:
         links = [link for link in self.links() if link.takes_requests(now_s)]
@@ -407,7 +308,7 @@ class Dispatcher:
         request.fail(State.REFUSED)
         metrics.REFUSALS.labels(reason=reason).inc()
         metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome="refused").inc()
-        self._archive(request)
+        self._archive(request, "refused")
         self._attained(request, served=False)
         return ResourceExhausted(message, reason=reason, retry_safe=True, retry_after_ms=retry_after_ms)
 
@@ -442,7 +343,7 @@ class Dispatcher:
         metrics.PARKED.set(len(self._parked))
         self.note(request, "park", "no worker takes requests")
 
-    def _move(self, request: LiveRequest, link: WorkerLink, why: str) -> None:
+    def move(self, request: LiveRequest, link: WorkerLink, why: str) -> None:
         """Continue a request elsewhere after its worker gave it up; its old attempt is fenced already."""
         if request.ended:
             return
@@ -461,70 +362,11 @@ class Dispatcher:
         safe = not request.has_tokens
         self.fail(request, Unavailable(message, reason=reason, retry_safe=safe, retry_after_ms=_RETRY_MS))
 
-    def _first_token(self, link: WorkerLink, placed: Placed, now_s: float) -> None:
-        """Take note of an attempt's first token."""
-        request = placed.request
-        placed.delivered = True
-        link.instance.first_token(placed)
-        link.breaker.succeeded()
-        if request.first_token_s == now_s:
-            metrics.TTFT.labels(slo_class=request.spec.slo_class).observe(request.ttft_s)
-        else:
-            metrics.GAPS.observe(request.last_gap_s)
-        self.predictions.report(
-            predictor_pb2.Outcome(
-                worker_id=link.worker_id,
-                prompt_tokens=placed.queued.prompt_tokens,
-                predicted_ttft_s=placed.predicted_s,
-                predicted_ttft_p90_s=placed.predicted_p90_s,
-                actual_ttft_s=now_s - placed.submitted_s,
-                queue_ahead_s=placed.queue_ahead_s,
-            )
-        )
-
-    def _on_ended(self, link: WorkerLink, end: worker_pb2.RequestEnded) -> None:
-        placed = link.placed.get(end.handle)
-        if placed is None:
-            return
-        request = placed.request
-        self._where.pop(request.spec.request_id, None)
-        link.forget(placed)
-        link.breaker.succeeded()
-        if request.ended:
-            return
-        request.cached_prompt_tokens = max(request.cached_prompt_tokens, end.cached_prompt_tokens)
-        stop_token_id = end.stop_token_id if end.HasField("stop_token_id") else None
-        self._finish(request, end.reason, stop_token_id)
-
-    def _end_here(self, request: LiveRequest) -> None:
-        """End a request at a stop string or its token limit; its worker does not know yet."""
-        self._stop_attempt(request)
-        self._finish(request, common_pb2.FINISH_REASON_LENGTH)
-
-    def _finish(
-        self, request: LiveRequest, reason: "common_pb2.FinishReason", stop_token_id: int | None = None
-    ) -> None:
+    def finish(self, request: LiveRequest, reason: "common_pb2.FinishReason", stop_token_id: int | None = None) -> None:
+        """End a request with its last message."""
         text, finished = request.finish(reason, stop_token_id)
         request.sink.finished(text, finished)
         self._close(request, "finished")
-
-    def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput) -> None:
-        for handle in step.started_handles:
-            placed = link.placed.get(handle)
-            if placed is not None:
-                placed.queued.started = True
-                placed.request.started(placed.attempt)
-        for handle in step.relegated_handles:
-            placed = link.placed.get(handle)
-            if placed is not None and not placed.queued.relegated:
-                placed.queued.relegated = True
-                placed.request.relegated = True
-                self.note(placed.request, "relegate", "its worker predicts that it cannot make it", link.worker_id)
-
-    def _too_slow(self, request: LiveRequest) -> None:
-        limit = self.config.max_unread_tokens
-        error = ResourceExhausted(f"more than {limit} tokens were not read", reason="SLOW_READER")
-        self.fail(request, error)
 
     def _out_of_time(self, request: LiveRequest) -> None:
         self._timers.pop(request.spec.request_id, None)
@@ -532,7 +374,8 @@ class Dispatcher:
         safe = not request.has_tokens
         self.fail(request, DeadlineExceeded(f"not finished within {limit_s:g} s", reason="TIMEOUT", retry_safe=safe))
 
-    def _stop_attempt(self, request: LiveRequest) -> None:
+    def stop_attempt(self, request: LiveRequest) -> None:
+        """Abort a request's present attempt, if it has one; the request stays live."""
         found = self._where.pop(request.spec.request_id, None)
         if found is not None:
             link, placed = found
@@ -550,7 +393,7 @@ class Dispatcher:
         metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome=outcome).inc()
         if not self.live:
             self._idle.set()
-        self._archive(request)
+        self._archive(request, outcome)
         if outcome != "cancelled":
             self._attained(request, served=request.state is State.FINISHED)
         log.info(
@@ -561,7 +404,8 @@ class Dispatcher:
             attempts=len(request.attempts),
         )
 
-    def _archive(self, request: LiveRequest) -> None:
+    def _archive(self, request: LiveRequest, outcome: str) -> None:
+        self._decision_log.write_end(request, outcome, time.monotonic())
         self._explained[request.spec.request_id] = _explanation(request)
         while len(self._explained) > EXPLAINED_REQUESTS:
             self._explained.popitem(last=False)
@@ -586,8 +430,3 @@ def _explanation(request: LiveRequest) -> cluster_pb2.ExplainResponse:
         receipt=request.receipt() if request.ended else None,
         state=state,
     )
-
-
-def _is_silent(request: LiveRequest, end: worker_pb2.RequestEnded) -> bool:
-    """Return whether the last token is a stop token whose text is not part of the completion."""
-    return end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output

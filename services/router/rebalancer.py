@@ -71,9 +71,6 @@ class Rebalancer:
         self.unsaved = 0
         """Requests at risk that no HP could take."""
         dispatcher.work_changed = self._changed.set
-        dispatcher.placed_elsewhere = self.on_withdrawn
-        dispatcher.withdrawals_lost = self.on_lost
-        dispatcher.drain_waiting = self.drain_waiting
 
     async def run(self) -> None:
         """Decide until cancelled."""

@@ -1,0 +1,190 @@
+"""What workers say, carried to the requests: tokens, ends, refusals, losses."""
+
+import time
+from collections.abc import Sequence
+
+from ascendra.v1 import common_pb2, predictor_pb2, worker_pb2
+from services.common.errors import InvalidArgument, ResourceExhausted
+from services.common.logging import get_logger
+from services.router import metrics
+from services.router.dispatcher import Dispatcher
+from services.router.instance import Placed
+from services.router.rebalancer import Rebalancer
+from services.router.request import Drop, LiveRequest
+from services.router.wire import model_from_proto
+from services.router.worker_link import WorkerLink
+
+log = get_logger()
+
+_INVALID_ARGUMENT = 3
+_NOT_ITS_FAULT = ("DRAINING", "QUEUE_FULL")
+"""Reasons for which a worker hands a request back without having failed."""
+
+
+class WorkerEvents:
+    """Takes the events of all links."""
+
+    def __init__(self, dispatcher: Dispatcher, rebalancer: Rebalancer) -> None:
+        self._dispatcher = dispatcher
+        self._rebalancer = rebalancer
+
+    def on_up(self, link: WorkerLink) -> None:
+        """Use a worker that attached, first of all for requests that wait for one."""
+        assert link.welcome is not None
+        twins = (other for other in self._dispatcher.links() if other is not link and other.attached)
+        twin = next((other for other in twins if other.worker_id == link.worker_id), None)
+        if twin is not None:
+            link.refused_why = f"{twin.address} has the same worker id {link.worker_id!r}"
+            log.error("worker_refused", address=link.address, why=link.refused_why)
+            return
+        model = None
+        if link.welcome.HasField("step_time_model"):
+            try:
+                model = model_from_proto(link.welcome.step_time_model)
+            except ValueError as error:
+                log.warning("model_refused", worker_id=link.worker_id, why=str(error))
+        self._dispatcher.predictions.worker_model(link.worker_id, model)
+        self._dispatcher.place_parked("a worker came up")
+
+    def on_down(self, link: WorkerLink, orphans: Sequence[Placed], why: str) -> None:
+        """Move what was on a worker whose stream ended."""
+        self._rebalancer.on_lost(link)
+        for twin in self._dispatcher.links():
+            if twin is not link and twin.refused_why and twin.worker_id == link.worker_id:
+                twin.sever("its twin is gone")
+        for placed in orphans:
+            self._dispatcher.detach(placed.request)
+        for placed in orphans:
+            self._dispatcher.move(placed.request, link, f"worker lost ({why})")
+        self._dispatcher.work_changed()
+
+    def on_step(self, link: WorkerLink, step: worker_pb2.StepOutput, now_s: float) -> None:
+        """Hand tokens to their streams. Never waits; the cost per token counts here."""
+        placed_by = link.placed
+        token_ids = list(step.token_ids)
+        ended = {end.handle: end for end in step.ended} if step.ended else {}
+        logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
+        observe_gap = metrics.GAPS.observe
+        position = 0
+        for handle, count in zip(step.handles, step.token_counts, strict=True):
+            chunk = token_ids[position : position + count]
+            position += count
+            placed = placed_by.get(handle)
+            if placed is None:
+                metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
+                continue
+            request = placed.request
+            end = ended.get(handle) if ended else None
+            silent = end is not None and _is_silent(request, end)
+            delta = request.tokens(placed.attempt, placed.next_offset, chunk, now_s, silent)
+            if isinstance(delta, Drop):
+                metrics.DROPPED_FRAMES.labels(reason=delta).inc()
+                continue
+            if not placed.delivered:
+                self._first_token(link, placed, now_s)
+            else:
+                observe_gap(request.last_gap_s)
+            placed.next_offset += count
+            positions = logprobs.get(handle, ())[: len(delta.token_ids)] if logprobs else ()
+            if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions):
+                self._too_slow(request)
+            elif delta.ended and end is None:
+                self._end_here(request)
+        for telemetry in step.telemetry:
+            self._dispatcher.predictions.observe_step(link.worker_id, telemetry.prefill_tokens, telemetry.step_s)
+        for end in step.ended:
+            self._on_ended(link, end)
+        self._on_standing(link, step)
+        metrics.TOKENS.inc(position)
+        link.instance.count_tokens(position, now_s)
+        if link.instance.has_queue:
+            self._dispatcher.work_changed()
+
+    def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
+        """Pass the answer on to who asked."""
+        self._rebalancer.on_withdrawn(link, withdrawn)
+
+    def on_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:
+        """Refuse, or try elsewhere, what a worker could not serve."""
+        placed = link.placed.get(failed.handle)
+        if placed is None:
+            return
+        request = placed.request
+        self._dispatcher.detach(request)
+        link.forget(placed)
+        if failed.code == _INVALID_ARGUMENT:
+            self._dispatcher.fail(request, InvalidArgument(failed.message, reason=failed.reason or None))
+            return
+        if failed.reason not in _NOT_ITS_FAULT:
+            link.breaker.failed(time.monotonic())
+        self._dispatcher.move(request, link, f"{failed.reason or failed.code}: {failed.message}")
+
+    def on_draining(self, link: WorkerLink, remaining_s: float) -> None:
+        """Let waiting requests leave a worker that drains; running ones move when it gives them up."""
+        log.info("worker_draining", worker_id=link.worker_id, remaining_s=remaining_s)
+        self._rebalancer.drain_waiting(link)
+
+    def _first_token(self, link: WorkerLink, placed: Placed, now_s: float) -> None:
+        """Take note of an attempt's first token."""
+        request = placed.request
+        placed.delivered = True
+        link.instance.first_token(placed)
+        link.breaker.succeeded()
+        if request.first_token_s == now_s:
+            metrics.TTFT.labels(slo_class=request.spec.slo_class).observe(request.ttft_s)
+        else:
+            metrics.GAPS.observe(request.last_gap_s)
+        self._dispatcher.predictions.report(
+            predictor_pb2.Outcome(
+                worker_id=link.worker_id,
+                prompt_tokens=placed.queued.prompt_tokens,
+                predicted_ttft_s=placed.predicted_s,
+                predicted_ttft_p90_s=placed.predicted_p90_s,
+                actual_ttft_s=now_s - placed.submitted_s,
+                queue_ahead_s=placed.queue_ahead_s,
+            )
+        )
+
+    def _on_ended(self, link: WorkerLink, end: worker_pb2.RequestEnded) -> None:
+        placed = link.placed.get(end.handle)
+        if placed is None:
+            return
+        request = placed.request
+        self._dispatcher.detach(request)
+        link.forget(placed)
+        link.breaker.succeeded()
+        if request.ended:
+            return
+        request.cached_prompt_tokens = max(request.cached_prompt_tokens, end.cached_prompt_tokens)
+        stop_token_id = end.stop_token_id if end.HasField("stop_token_id") else None
+        self._dispatcher.finish(request, end.reason, stop_token_id)
+
+    def _end_here(self, request: LiveRequest) -> None:
+        """End a request at a stop string or its token limit; its worker does not know yet."""
+        self._dispatcher.stop_attempt(request)
+        self._dispatcher.finish(request, common_pb2.FINISH_REASON_LENGTH)
+
+    def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput) -> None:
+        for handle in step.started_handles:
+            placed = link.placed.get(handle)
+            if placed is not None:
+                placed.queued.started = True
+                placed.request.started(placed.attempt)
+        for handle in step.relegated_handles:
+            placed = link.placed.get(handle)
+            if placed is not None and not placed.queued.relegated:
+                placed.queued.relegated = True
+                placed.request.relegated = True
+                self._dispatcher.note(
+                    placed.request, "relegate", "its worker predicts that it cannot make it", link.worker_id
+                )
+
+    def _too_slow(self, request: LiveRequest) -> None:
+        limit = self._dispatcher.config.max_unread_tokens
+        error = ResourceExhausted(f"more than {limit} tokens were not read", reason="SLOW_READER")
+        self._dispatcher.fail(request, error)
+
+
+def _is_silent(request: LiveRequest, end: worker_pb2.RequestEnded) -> bool:
+    """Return whether the last token is a stop token whose text is not part of the completion."""
+    return end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output
