@@ -114,7 +114,7 @@ async def running_cluster(
     The cluster is None when a signal came before it was up. A second signal kills what still runs.
     """
     stop = asyncio.Event()
-    cluster = LocalCluster(spec, lambda line: console.print(line, style="dim"))
+    cluster = LocalCluster(spec, lambda line: console.print(line, style="dim", soft_wrap=True))
 
     loop = asyncio.get_running_loop()
     asked_at_s = 0.0
