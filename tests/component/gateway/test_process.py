@@ -45,3 +45,13 @@ def test_wrong_configuration_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="in use"):
             second.__enter__()
         assert second.process.returncode not in (0, None)
+
+
+def test_processes_share_a_port(tmp_path: Path) -> None:
+    """With reuse_port, one process serves on while the other one leaves."""
+    with GatewayProcess(tmp_path / "first", ["127.0.0.1:1"], reuse_port=True) as first:
+        address = first.address
+        with GatewayProcess(tmp_path / "second", ["127.0.0.1:1"], reuse_port=True, listen=address) as second:
+            assert second.address == address
+            assert first.stop() == 0
+            assert httpx.get(f"http://{address}/live", verify=False).status_code == 200
