@@ -24,6 +24,7 @@ from services.router.dispatcher import Dispatcher
 from services.router.instance import Instance
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
+from services.router.role_keeper import RoleKeeper
 from services.router.servicer import InferenceServicer
 from services.router.text import TextCodec
 from services.router.validation import Limits
@@ -133,6 +134,9 @@ class Router:
             tasks.create_task(self.predictions.run())
             tasks.create_task(self.rebalancer.run())
             tasks.create_task(self._monitor(server))
+            if self.config.elastic_roles:
+                keeper = RoleKeeper(self.config.role_policy, self.rebalancer, self.pool.links)
+                tasks.create_task(keeper.run())
 
     async def _monitor(self, server: GrpcServer) -> None:
         """Publish readiness as it changes, and how late the loop runs."""

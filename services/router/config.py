@@ -8,6 +8,7 @@ from services.common.config import option
 from services.policy.admission import AdmissionPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.placement import PLACEMENTS
+from services.policy.roles import RolePolicy
 from services.policy.tickets import TicketPolicy
 from services.policy.token_budget import BudgetPolicy
 
@@ -71,6 +72,7 @@ class RouterConfig:
     placement: str = option("least_predicted_work", "rule that places a new request: " + ", ".join(PLACEMENTS))
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
     tickets: bool = option(True, "let idle HP workers take waiting LP requests")
+    elastic_roles: bool = option(False, "set the workers' roles: HPs follow the offload pressure; for one router only")
     decide_interval_ms: float = option(15.0, "longest time between two rounds of offload and ticket decisions")
     move_running: bool = option(True, "continue a stream on another worker when its worker fails or drains")
     max_moves: int = option(5, "attempts of one request that may end because a worker failed")
@@ -92,6 +94,7 @@ class RouterConfig:
     admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in")
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
+    role_policy: RolePolicy = option(RolePolicy(), "share and hysteresis of HP workers under elastic-roles")
     budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
 
     def __post_init__(self) -> None:

@@ -70,6 +70,10 @@ class Rebalancer:
         self._ledger = TicketLedger(leases)
         self.unsaved = 0
         """Requests at risk that no HP could take."""
+        self.offloads = 0
+        """Requests offloaded."""
+        self.urgent_work_s = 0.0
+        """Prefill work sent to HP as urgent, in seconds."""
         dispatcher.work_changed = self._changed.set
 
     async def run(self) -> None:
@@ -245,6 +249,8 @@ class Rebalancer:
             return
         if transfer.kind == "offload":
             request.hops += 1
+            self.offloads += 1
+            self.urgent_work_s += self._ahead(target, placed.decided_s).pace.work_s(placed.queued.prompt_tokens)
         at_s = placed.decided_s - request.arrival_s
         record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id)
         urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"

@@ -317,3 +317,18 @@ async def test_roles_change_while_serving(tokenizer_directory: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.cluster.SetRole(request)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_elastic_roles_split_the_workers(tokenizer_directory: Path) -> None:
+    """Under elastic roles unified workers become one HP and LPs, and the next is chosen when the HP goes."""
+    workers = [ScriptedWorker(f"w{i}") for i in range(4)]
+    async with cluster(tokenizer_directory, *workers, elastic_roles=True) as router:
+
+        def roles() -> list[Role]:
+            return sorted(link.instance.view.role for link in router.router.pool.links() if link.attached)
+
+        await until(lambda: roles() == [Role.HIGH, Role.LOW, Role.LOW, Role.LOW])
+        high = next(link for link in router.router.pool.links() if link.instance.view.role is Role.HIGH)
+        await next(worker for worker in workers if worker.welcome.worker_id == high.worker_id).stop()
+        await until(lambda: roles() == [Role.HIGH, Role.LOW, Role.LOW])
+        assert (await router.collect(text_request(max_tokens=5))).token_ids == EXPECTED[:5]

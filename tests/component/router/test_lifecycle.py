@@ -1,6 +1,7 @@
 """A router's own life: drain on SIGTERM, a shared port, resumed streams, an absent predictor, bad neighbours."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -66,7 +67,12 @@ async def test_a_terminated_router_finishes_its_streams(
                     assert (await http.get(f"http://{process.http}/health")).status_code == 503
     assert collected.token_ids == EXPECTED[:60]
     assert process.process.returncode == 0
-    assert '"kind":"place"' in (tmp_path / "decisions.jsonl").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert lines[0]["kind"] == "place"
+    [end] = [line for line in lines if line["kind"] == "end" and line["output_tokens"] == 60]
+    assert (end["request_id"], end["outcome"]) == (lines[0]["request_id"], "finished")
+    assert 0 < end["ttft_ms"] < end["at_ms"]
+    assert 0 < end["p99_gap_ms"] < end["at_ms"]
 
 
 async def test_two_routers_share_a_port(tokenizer_directory: Path, tmp_path: Path) -> None:
