@@ -12,10 +12,10 @@ import grpc.aio
 from ascendra.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
 from services.common.logging import get_logger
+from services.common.wire import model_from_proto
 from services.worker import metrics
 from services.worker.engine.contract import Delta, EngineDead, EngineRequest, RejectedByEngine
 from services.worker.outbox import Outbox
-from services.worker.step_time_wire import model_from_proto
 from services.worker.submission import engine_request
 from services.worker.worker import PROTOCOL_VERSION, UNAVAILABLE, LiveRequest, Worker, failed
 

@@ -8,8 +8,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from ascendra.v1 import common_pb2
+from services.common.wire import model_from_proto, model_to_proto
 from services.worker.engine.settings import PolicySettings
-from services.worker.step_time_wire import model_from_proto, model_to_proto
 
 
 class Control:

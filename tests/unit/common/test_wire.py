@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendra.v1 import common_pb2
+from services.common.wire import model_from_proto, model_to_proto
 from services.policy.step_time import A100_LLAMA3_8B
 from services.worker.engine.contract import StepReport
-from services.worker.step_time_wire import model_from_proto, model_to_proto
 
 
 @given(
