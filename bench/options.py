@@ -53,6 +53,11 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requests", type=int, default=0, help="per run; default: 4000, or the whole trace in its time"
     )
+    add_cluster_options(parser)
+
+
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `cluster_from` reads."""
     parser.add_argument(
         "--profile",
         default="a100-llama3-8b",
@@ -71,25 +76,34 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
 def setting_from(args: argparse.Namespace) -> Setting:
     """Build a setting; exits with a message when an option makes no sense."""
     try:
-        model = load_profile(args.profile)
+        cluster = cluster_from(args, args.instances)
         trace = load_trace(args.trace)
         requests = args.requests or (len(trace) if args.arrivals == "trace" else 4000)
-        cluster = ClusterConfig(
-            instances=args.instances,
-            engine=EngineConfig(kv_tokens=args.kv_tokens, max_num_seqs=args.max_num_seqs),
-            believed=model,
-            truth=StepTimeTruth(
-                model=model, bias=args.bias, jitter_sigma=args.jitter, overhead_s=args.overhead_ms / 1e3
-            ),
-            learn=not args.no_learning,
-            hop_s=args.hop_ms / 1e3,
-            staleness_s=args.staleness_ms / 1e3,
-        )
-        setting = Setting(trace, args.arrivals, requests, slo_set(args.slo, UnloadedTtft(model)), cluster)
+        classes = slo_set(args.slo, UnloadedTtft(cluster.believed))
+        setting = Setting(trace, args.arrivals, requests, classes, cluster)
         setting.workload(1.0, 0)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     return setting
+
+
+def cluster_from(args: argparse.Namespace, instances: int) -> ClusterConfig:
+    """Build the simulated hardware and network.
+
+    Raises:
+        OSError: the step-time model is neither known nor a readable file.
+        ValueError: an option makes no sense.
+    """
+    model = load_profile(args.profile)
+    return ClusterConfig(
+        instances=instances,
+        engine=EngineConfig(kv_tokens=args.kv_tokens, max_num_seqs=args.max_num_seqs),
+        believed=model,
+        truth=StepTimeTruth(model=model, bias=args.bias, jitter_sigma=args.jitter, overhead_s=args.overhead_ms / 1e3),
+        learn=not args.no_learning,
+        hop_s=args.hop_ms / 1e3,
+        staleness_s=args.staleness_ms / 1e3,
+    )
 
 
 def systems_from(names: str) -> list[str]:
@@ -141,5 +155,6 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a result file needs to be repeated."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    options["trace"] = Path(args.trace).name
+    if "trace" in options:
+        options["trace"] = Path(args.trace).name
     return {"options": options, "commit": commit, "python": platform.python_version()}
