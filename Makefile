@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/ove
 	$(PY) -m pip install --quiet --disable-pip-version-check "uv>=0.8"
 	$(BIN)/uv pip install --quiet --python $(PY) $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
 	  --overrides requirements/overrides.txt --excludes requirements/excludes.txt \
-	  --constraints requirements/constraints.txt -e ".[dev,router,predictor,worker-cpu,bench]"
+	  --constraints requirements/constraints.txt -e ".[dev,router,predictor,gateway,worker-cpu,bench]"
 	touch $@
 
 demo: setup ## Start a cluster on this machine, send it a mixed load, print an SLO table, stop

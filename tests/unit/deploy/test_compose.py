@@ -1,6 +1,5 @@
 """The compose files: references, addresses and order agree, and every service accepts its configuration."""
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -171,19 +170,3 @@ def test_every_gpu_worker_has_a_gpu() -> None:
     devices = [services[name]["deploy"]["resources"]["reservations"]["devices"] for name in WORKERS]
     assert all(len(reserved) == 1 and reserved[0]["capabilities"] == ["gpu"] for reserved in devices)
     assert [reserved[0]["device_ids"] for reserved in devices] == [["0"], ["1"]]
-
-
-def _compose_plugin_works() -> bool:
-    docker = shutil.which("docker")
-    return docker is not None and subprocess.run([docker, "compose", "version"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not _compose_plugin_works(), reason="the docker compose plugin is not installed")
-@both
-def test_docker_compose_accepts_the_files(files: tuple[str, ...]) -> None:
-    """Docker's own parser finds nothing wrong."""
-    arguments = [part for name in files for part in ("-f", str(ROOT / "deploy" / name))]
-    done = subprocess.run(
-        ["docker", "compose", *arguments, "config", "--quiet"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
