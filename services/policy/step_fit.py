@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ _MAX_ERROR = 0.36
 """Mean squared relative error above which the features explain nothing."""
 
 
-class _BinFit:
+class BinFit:
     """Exponentially forgetting least squares of relative error in one bin."""
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ class OnlineStepTimeFit:
         """
         self._prior = warm_start or A100_LLAMA3_8B
         self._limits = [bin.max_tokens for bin in self._prior.bins[:-1]]
-        self._bins = [_BinFit() for _ in self._prior.bins]
+        self._bins = [BinFit() for _ in self._prior.bins]
         self._keep = 1.0 - 1.0 / memory_steps
         self._quantile = quantile
         self._fitted = self._prior
@@ -127,7 +128,7 @@ class OnlineStepTimeFit:
 
     def observe(self, shape: StepShape, step_s: float) -> bool:
         """Learn from one step; False if it cannot be a step (and why, in `note`)."""
-        problem = _nonsense(shape, step_s)
+        problem = step_problem(shape, step_s)
         if problem:
             self.refused_steps += 1
             self.note = f"refused a step: {problem}"
@@ -140,13 +141,7 @@ class OnlineStepTimeFit:
         self._correction += 0.01 * min(max(residual, -_CLIP), _CLIP)
         self.samples += 1
 
-        features = (
-            1.0,
-            shape.prefill_tokens / 512.0,
-            shape.decodes / 32.0,
-            shape.decode_context_tokens / 32_768.0,
-            shape.prefill_context_products / 1e6,
-        )
+        features = scaled_features(shape)
         size = abs(residual)
         tolerated = 2.5 * max(self._spread, 0.01)
         robust = 1.0 if size <= tolerated else (tolerated / size) ** 2
@@ -186,34 +181,56 @@ class OnlineStepTimeFit:
         fit, prior = self._bins[index], self._prior.bins[index]
         expected = np.array([max(c, 0.0) * unit * scale for c, unit in zip(_slopes(prior), _SCALES, strict=True)])
         if fit.weight < 1:
-            return _bin(prior.max_tokens, expected)
+            return bin_from_scaled(prior.max_tokens, expected)
         solution, problem = fit.solve(expected, prior_steps=2.0)
         if problem:
             self.note = f"refused a fit: {problem}"
-            return _bin(prior.max_tokens, np.maximum(_scaled(self._fitted.bins[index]), 0.0))
-        return _bin(prior.max_tokens, solution)
+            return bin_from_scaled(prior.max_tokens, np.maximum(_scaled(self._fitted.bins[index]), 0.0))
+        return bin_from_scaled(prior.max_tokens, solution)
 
     def _publish(self) -> None:
         factor = math.exp(self._correction)
-        bins = tuple(_bin(bin.max_tokens, factor * _scaled(bin)) for bin in self._fitted.bins)
+        bins = tuple(bin_from_scaled(bin.max_tokens, factor * _scaled(bin)) for bin in self._fitted.bins)
         safety = self._prior.safety_factor
         count = len(self._ratios)
         if count:
-            ordered = sorted(self._ratios)
-            low, middle, high, upper, tail = (
-                ordered[min(int(level * count), count - 1)] for level in (0.16, 0.5, 0.84, 0.9, self._quantile)
-            )
+            spread, measured = spread_and_safety(self._ratios, self._quantile)
             weight = min(count / 256, 1.0)
-            self._spread += weight * (math.log(high / low) / 2 - self._spread)
-            # The window is too short to show the tail that matters: it is drawn out from the spread above the median.
-            measured = max(tail, (upper / middle) ** (_SAFETY_SIGMAS / 1.2816))
-            safety += weight * (min(max(measured, 1.02), _MAX_SAFETY) - safety)
+            self._spread += weight * (spread - self._spread)
+            safety += weight * (measured - safety)
         self._model = StepTimeModel(
             bins, safety_factor=safety, log_sigma=self._spread, source="online", samples=self.samples
         )
 
 
-def _nonsense(shape: StepShape, step_s: float) -> str:
+def scaled_features(shape: StepShape) -> tuple[float, ...]:
+    """Return the features of a step in the units of the fit."""
+    return (
+        1.0,
+        shape.prefill_tokens / 512.0,
+        shape.decodes / 32.0,
+        shape.decode_context_tokens / 32_768.0,
+        shape.prefill_context_products / 1e6,
+    )
+
+
+def spread_and_safety(ratios: Collection[float], quantile: float) -> tuple[float, float]:
+    """Return the standard deviation of log(measured / predicted) and the safety factor that these ratios ask for.
+
+    Args:
+        ratios: measured over predicted step times, at least one.
+        quantile: of the ratios that the factor covers at least.
+    """
+    ordered, count = sorted(ratios), len(ratios)
+    low, middle, high, upper, tail = (
+        ordered[min(int(level * count), count - 1)] for level in (0.16, 0.5, 0.84, 0.9, quantile)
+    )
+    # The window is too short to show the tail that matters: it is drawn out from the spread above the median.
+    measured = max(tail, (upper / middle) ** (_SAFETY_SIGMAS / 1.2816))
+    return math.log(high / low) / 2, min(max(measured, 1.02), _MAX_SAFETY)
+
+
+def step_problem(shape: StepShape, step_s: float) -> str:
     """Say why a step cannot have happened; empty if it can."""
     if not (math.isfinite(step_s) and 0 < step_s <= _MAX_STEP_S):
         return f"step_s must be above 0 and at most {_MAX_STEP_S:g}, got {step_s}"
@@ -233,7 +250,8 @@ def _scaled(bin: StepTimeBin) -> _Vector:
     return np.array([slope * unit for slope, unit in zip(_slopes(bin), _SCALES, strict=True)])
 
 
-def _bin(max_tokens: int, solution: _Vector) -> StepTimeBin:
+def bin_from_scaled(max_tokens: int, solution: _Vector) -> StepTimeBin:
+    """Return a bin from coefficients in the units of the fit."""
     step_s, prefill_s, decode_s, context_s, product_s = (
         float(value) / unit for value, unit in zip(solution, _SCALES, strict=True)
     )
