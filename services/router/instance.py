@@ -62,6 +62,7 @@ class Instance:
         self.round_trip_s = 0.0
         self.step_s = 0.0
         """Smoothed seconds of a step with prefill."""
+        self._any_step_s = 0.0
         self._report_s = 0.0
         self._queue: dict[int, Placed] = {}
         self._coming: dict[str, QueuedRequest] = {}
@@ -111,6 +112,7 @@ class Instance:
             self.adopt(self.policy, step.token_budget)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
+        self._any_step_s += 0.2 * (step.step_s - self._any_step_s) if self._any_step_s else step.step_s
         if step.prefill_tokens:
             self.step_s += 0.2 * (step.step_s - self.step_s) if self.step_s else step.step_s
 
@@ -183,7 +185,8 @@ class Instance:
         """Bring the view up to date and return it."""
         view = self.view
         view.model = model
-        view.hop_s = self.round_trip_s
+        # A newcomer also waits for the step that is running, half of it on average.
+        view.hop_s = self.round_trip_s + (0.5 * self._any_step_s if self.running else 0.0)
         view.report_age_s = now_s - self.last_message_s
         view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
