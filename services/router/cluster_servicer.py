@@ -8,12 +8,12 @@ from typing import Any
 
 from ascendra.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, worker_pb2
 from services.common.errors import InvalidArgument, NotFound, Unavailable
+from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
 from services.policy.state import QueuedRequest, Slo
 from services.router.attainment import WINDOW_S
 from services.router.discovery import WorkerPool
 from services.router.dispatcher import Dispatcher
 from services.router.estimates import kept_ahead
-from services.router.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
 from services.router.worker_link import WorkerLink
 
 _TYPICAL_PROMPT_TOKENS = 512

@@ -17,6 +17,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.logging import get_logger
+from services.common.wire import ROLE_TO_PROTO
 from services.policy.admission import AdmissionAction, admit
 from services.policy.order import OrderPolicy
 from services.policy.placement import Placement, PlacementPolicy, PlacementState, place, queue_ttft_s
@@ -30,7 +31,6 @@ from services.router.estimates import in_order, kept_ahead, urgent_ahead
 from services.router.instance import Placed
 from services.router.prediction import Predictions
 from services.router.request import DecisionRecord, LiveRequest, State
-from services.router.wire import ROLE_TO_PROTO
 from services.router.worker_link import WorkerLink
 
 log = get_logger()

@@ -4,11 +4,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
+from services.common.wire import ROLE_FROM_PROTO
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
-from services.router.wire import ROLE_FROM_PROTO
 
 OTHERS = "~others"
 """Id of the entry that stands for what other routers have queued on the worker."""

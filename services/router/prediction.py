@@ -13,10 +13,10 @@ import grpc.aio
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
 from services.common.channels import open_channel
 from services.common.logging import get_logger
+from services.common.wire import model_from_proto
 from services.policy.calibration import P90, ResidualSlice, prior_slices, slice_index
 from services.policy.step_time import StepTimeBin, StepTimeModel
 from services.router import metrics
-from services.router.wire import model_from_proto
 
 log = get_logger()
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 
 from ascendra.v1 import worker_pb2
 from services.common.logging import get_logger
+from services.common.wire import ROLE_TO_PROTO
 from services.policy.roles import RoleController, RolePolicy, assign_roles
 from services.policy.state import Role
 from services.router.rebalancer import Rebalancer
-from services.router.wire import ROLE_TO_PROTO
 from services.router.worker_link import WorkerLink
 
 log = get_logger()

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from ascendra.v1 import common_pb2, predictor_pb2, worker_pb2
 from services.common.errors import InvalidArgument, ResourceExhausted
 from services.common.logging import get_logger
+from services.common.wire import model_from_proto
 from services.router import metrics
 from services.router.dispatcher import Dispatcher
 from services.router.instance import Placed
 from services.router.rebalancer import Rebalancer
 from services.router.request import Drop, LiveRequest
-from services.router.wire import model_from_proto
 from services.router.worker_link import WorkerLink
 
 log = get_logger()

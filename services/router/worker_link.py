@@ -15,11 +15,11 @@ import grpc.aio
 from ascendra.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channels import open_channel
 from services.common.logging import get_logger
+from services.common.wire import ROLE_FROM_PROTO
 from services.policy.state import Role
 from services.router import metrics
 from services.router.breaker import Breaker
 from services.router.instance import Instance, Placed
-from services.router.wire import ROLE_FROM_PROTO
 
 log = get_logger()
 
