@@ -155,6 +155,9 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a result file needs to be repeated."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    # Names, not places: a result file says nothing of the machine's folders.
     if "trace" in options:
         options["trace"] = Path(args.trace).name
+    for place in ("out", "plot"):
+        options.pop(place, None)
     return {"options": options, "commit": commit, "python": platform.python_version()}
