@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         result = {**provenance(args), "counts": counts, "agreement": agreement, "changes": list(map(asdict, changed))}
-        args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        args.out.write_text(json.dumps(result, indent=1, default=lambda path: path.name) + "\n")
 
 
 def _with_hp(system: System, hp: int) -> System:

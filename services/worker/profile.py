@@ -41,6 +41,8 @@ log = get_logger()
 
 _SCENE_LIMIT_S = 300.0
 _NEVER_S = 1e9
+_POOR_ERROR = 0.15
+"""Mean error on held-out steps above which something else disturbed the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,8 @@ def summary(fit: ProfileFit, steps: Sequence[Step]) -> str:
             f"held out, {name}: {quality.steps} steps, error {quality.mape:.1%}, bias {quality.bias:+.1%},"
             f" within the planned time {quality.coverage:.1%}"
         )
+    if fit.held_out["all"].mape > _POOR_ERROR:
+        lines.append("warning: step times scatter; measure again while nothing else uses the machine")
     return "\n".join(lines)
 
 

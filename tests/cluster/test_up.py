@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Up:
 
     def __init__(self, model: Path, work_dir: Path) -> None:
         arguments = ["up", "--engine", "emulated", "--lp", "1", "--hp", "1", "--routers", "2", "--port", "0"]
+        arguments += ["--gateway", "0"]
         self.process = subprocess.Popen(
             [*_ascendra(*arguments), "--model", str(model), "--work-dir", str(work_dir)],
             stdout=subprocess.PIPE,
@@ -80,13 +82,17 @@ def up(tiny_model: Path, tmp_path: Path) -> Iterator[Up]:
 
 
 def test_a_cluster_serves_recovers_and_stops(up: Up) -> None:
-    """It generates text, shows its status, survives a killed router, and Ctrl-C leaves nothing behind."""
+    """It generates text, serves HTTP, shows its status, survives a killed router; Ctrl-C leaves nothing behind."""
     up.wait_for("Ascendra is up")
     address = up.wait_for(r"router-0\s+(127\.0\.0\.1:\d+)")[1]
 
     answer = _run("generate", "once upon a time", "--max-tokens", "8", "--address", address)
     assert answer.stdout.strip()
     assert "TTFT" in answer.stderr
+
+    openai = up.wait_for(r"gateway\s+(http://127\.0\.0\.1:\d+/v1)")[1]
+    with urllib.request.urlopen(f"{openai}/models", timeout=START_S) as response:
+        assert json.load(response)["data"][0]["object"] == "model"
 
     status = json.loads(_run("status", "--once", "--json", "--address", address).stdout)
     assert {worker["worker_id"]: worker["role"] for worker in status["workers"]} == {
