@@ -30,6 +30,8 @@ from tests.support.worker_process import emulated_worker
 SESSIONS = 2
 TOKENS = (10, 200)
 STOPPED_S = 2.0
+SILENT_HEARTBEATS = 6
+"""A worker silent for so long, 1.5 s, is given up, so that a stop is noticed."""
 _SAMPLE_S = 1.0
 
 
@@ -137,7 +139,7 @@ async def run(plan: Plan, site: Site, workers: list[str]) -> Report:
     """Run chaos on some workers of a site and return what happened."""
     report = Report()
     tokenizer = Tokenizer.from_file(str(site.model / "tokenizer.json"))
-    routers = [site.router(workers) for _ in range(plan.routers)]
+    routers = [site.router(workers, silence_heartbeats=SILENT_HEARTBEATS) for _ in range(plan.routers)]
     async with running(*routers, workers=len(workers)) as client:
         cases = await undisturbed(
             client, random_prompts(24, (10, 600), seed=plan.seed, vocab_size=VOCAB_SIZE), TOKENS[1]

@@ -20,8 +20,8 @@ from tests.support.worker_process import is_running
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ONCE = RetryPolicy(max_attempts=1)
-SILENCE_S = 4 * 0.25
-"""Of the default configuration: four heartbeats."""
+SILENT_HEARTBEATS = 4
+SILENCE_S = SILENT_HEARTBEATS * 0.25
 
 
 async def lost(client: AsyncClient, worker_id: str) -> None:
@@ -171,7 +171,7 @@ async def test_a_stopped_worker_is_noticed_and_its_late_words_are_dropped(
     site: Site, corpus: Corpus, tokenizer: Tokenizer
 ) -> None:
     """SIGSTOP: after the silence its streams go on elsewhere; after SIGCONT what it still says changes nothing."""
-    router = site.router(["cpu-lp", "cpu-hp"])
+    router = site.router(["cpu-lp", "cpu-hp"], silence_heartbeats=SILENT_HEARTBEATS)
     async with running(router, workers=2) as client:
         recordings = [Recording() for _ in corpus.long]
         tasks = [
