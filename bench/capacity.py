@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", default="all", help="comma-separated names, or all (default)")
     parser.add_argument("--targets", default="0.99,0.9", help="joint attainment (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--first-seed", type=int, default=1, help="fresh ones judge settings that others tuned")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument(
         "--overload", type=float, default=0.0, help="also report runs at this many times the capacity of --knee"
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.overload and (args.knee not in policies or 0.99 not in targets):
         parser.error("--overload needs --knee among --policies and 0.99 among --targets")
     # Seeds outside, systems inside: whatever disturbs the machine meanwhile disturbs all of them alike.
-    tasks = [(name, seed) for seed in range(1, args.seeds + 1) for name in policies]
+    tasks = [(name, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in policies]
     results = []
     with ProcessPoolExecutor(args.jobs) as pool:
         pending = [pool.submit(measure, setting, name, seed, targets) for name, seed in tasks]
