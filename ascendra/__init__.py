@@ -15,6 +15,7 @@ from ascendra.errors import (
 )
 from ascendra.retry import RetryPolicy
 from ascendra.session import Session
+from ascendra.sink import SinkEnd, TokenSink, serve_sink
 from ascendra.types import (
     Attempt,
     Chunk,
@@ -61,10 +62,13 @@ __all__ = [
     "Role",
     "SamplingParams",
     "Session",
+    "SinkEnd",
     "Slo",
     "StructuredOutput",
     "TokenLogprob",
+    "TokenSink",
     "UnavailableError",
     "Usage",
     "__version__",
+    "serve_sink",
 ]

@@ -166,12 +166,17 @@ def finished_from_wire(finished: inference_pb2.Finished) -> types.Finished:
     """Return the end of a completion."""
     usage = finished.usage
     return types.Finished(
-        reason=_FINISH_REASONS.get(finished.reason, types.FinishReason.ERROR),
+        reason=finish_reason_from_wire(finished.reason),
         stop_string=finished.stop_string,
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
         usage=types.Usage(usage.prompt_tokens, usage.cached_prompt_tokens, usage.completion_tokens),
         receipt=receipt_from_wire(finished.receipt),
     )
+
+
+def finish_reason_from_wire(reason: common_pb2.FinishReason) -> types.FinishReason:
+    """Return why a completion ended; what is not known is an error."""
+    return _FINISH_REASONS.get(reason, types.FinishReason.ERROR)
 
 
 def receipt_from_wire(receipt: inference_pb2.SloReceipt) -> types.Receipt:
