@@ -16,6 +16,7 @@ from ascendra.types import Chunk, Completion, Message, RequestOptions, Role
 from ascendra.v1 import cluster_pb2, inference_pb2
 
 _T = TypeVar("_T")
+_CANCELLATION_S = 2.0
 
 
 class Client:
@@ -129,6 +130,15 @@ async def _next(items: AsyncGenerator[_T]) -> _T | None:
     return await anext(items, None)
 
 
+def _settle(outcome: "concurrent.futures.Future[_T]", task: "asyncio.Task[_T]") -> None:
+    if task.cancelled():
+        outcome.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
+
+
 class _LoopThread:
     """An event loop in a thread, alive while a client uses it."""
 
@@ -160,12 +170,26 @@ class _LoopThread:
                 cls._shared = None
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the loop and wait for it; an interrupt of the wait cancels it."""
-        future: concurrent.futures.Future[_T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Run a coroutine on the loop and wait for it; an interrupt of the wait cancels it, and waits for its end."""
+        outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda task: _settle(outcome, task))
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(begin)
+            return outcome.result()
         except BaseException:
-            future.cancel()
+            if not outcome.done():
+                # A generator that the coroutine advances can be closed only when the cancellation is through it.
+                self._loop.call_soon_threadsafe(cancel)
+                concurrent.futures.wait([outcome], _CANCELLATION_S)
             raise
 
     def _stop(self) -> None:

@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("logs", type=Path, nargs="+", metavar="DECISION_LOG", help="of the routers of one host")
     parser.add_argument("--policy", required=True, help="system to decide with")
     parser.add_argument("--recorded-policy", default="ascendra", help="system that was recorded (default: %(default)s)")
-    parser.add_argument("--instances", type=int, default=0, help="default: the workers in the log")
+    parser.add_argument("--instances", type=int, default=0, help="default: the workers that the log names")
     parser.add_argument("--hp", type=int, default=-1, help="HP instances of systems with a split (default: theirs)")
     parser.add_argument("--seed", type=int, default=1, help="of the simulated jitter (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, help="changed requests to print (default: %(default)s)")

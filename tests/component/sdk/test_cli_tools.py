@@ -31,7 +31,7 @@ def test_a_live_status_goes_to_a_pipe_picture_by_picture(router_in_a_thread: Scr
         process.wait()
 
 
-@pytest.mark.parametrize("verb", [verb for verb in TOOLS if verb != "profile"])
+@pytest.mark.parametrize("verb", TOOLS)
 def test_a_verb_shows_the_help_of_its_tool(verb: str) -> None:
     """Flags, --help among them, reach the tool, whose exit status is the command's."""
     shown = subprocess.run(_ascendra(verb, "--help"), capture_output=True, text=True, check=True)
