@@ -24,7 +24,9 @@ class AdmissionPolicy:
     refuse_hopeless: bool = False
     """Refuse, instead of relegating, what no instance can serve in time, unless the caller says otherwise."""
     max_wait_s: float = 30.0
-    """Refuse what would wait longer than this even behind all others; 0: no limit."""
+    """Refuse what is predicted to wait longer than this, in seconds, even behind all others; 0: no limit.
+
+    It also bounds how long a request that asked to be refused in overload does wait."""
     max_waiting: int = 10_000
     """Refuse when this many requests wait; 0: no limit."""
     caution: float = 1.0
@@ -74,18 +76,19 @@ def admit(
 
 
 def waited_too_long(requests: Iterable[QueuedRequest], now_s: float, policy: AdmissionPolicy) -> list[str]:
-    """Return the ids of relegated requests, not started, that have waited max_wait_s: to be refused.
+    """Return the ids of requests, not started, that have waited max_wait_s and missed their objective: to be refused.
 
     In lasting overload somebody's wait has no end unless some are told to go; this bounds it.
+
+    Args:
+        requests: those whose callers would rather be refused than served late.
     """
     if not policy.max_wait_s:
         return []
     return [
         request.request_id
         for request in requests
-        if request.relegated
-        and not request.started
-        and now_s - request.arrival_s > max(policy.max_wait_s, request.slo.ttft_s)
+        if not request.started and now_s - request.arrival_s > max(policy.max_wait_s, request.slo.ttft_s)
     ]
 
 

@@ -1,4 +1,4 @@
-"""When a waiting request leaves an LP instance for an HP instance, and why."""
+"""When a waiting request leaves its instance for one that makes its deadline, and why."""
 
 import enum
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class OffloadPolicy:
     margin_share: float = 0.05
     """... this share of the TTFT objective."""
     min_gain_s: float = 0.02
-    """Move only if the first token is predicted to come at least this much earlier."""
+    """Move only if the first token is predicted to come at least this much earlier, in seconds."""
     settle_s: float = 0.1
     """A request is judged again this long after it was placed, moved or refused a move; damps oscillation."""
     hop_limit: int = 1
@@ -60,6 +60,23 @@ class OffloadDecision:
     """Deadline less the predicted first token where it waits."""
 
 
+def is_at_risk(
+    request: QueuedRequest, home: TtftEstimate, now_s: float, lp_step_s: float, hop_s: float, policy: OffloadPolicy
+) -> bool:
+    """Return whether a waiting request may miss where it is; one that is not at risk stays, whoever could take it.
+
+    Args:
+        home: estimate where it waits.
+        lp_step_s: seconds of a full step at home.
+        hop_s: seconds that a move takes.
+    """
+    return now_s + home.planned_s(policy.caution) > request.deadline_s - _margin_s(request, lp_step_s, hop_s, policy)
+
+
+def _margin_s(request: QueuedRequest, lp_step_s: float, hop_s: float, policy: OffloadPolicy) -> float:
+    return max(policy.margin_steps * lp_step_s + hop_s, policy.margin_share * request.slo.ttft_s)
+
+
 def decide_offload(
     request: QueuedRequest,
     home: TtftEstimate,
@@ -84,10 +101,10 @@ def decide_offload(
     need_lp_s = home.planned_s(policy.caution)
     need_hp_s = best.estimate.planned_s(policy.caution) if best else float("inf")
     hop_s = best.estimate.hop_s if best else 0.0
-    margin_s = max(policy.margin_steps * lp_step_s + hop_s, policy.margin_share * request.slo.ttft_s)
+    margin_s = _margin_s(request, lp_step_s, hop_s, policy)
     deadline_s = request.deadline_s
     t_last_s = deadline_s - need_hp_s - margin_s
-    at_risk = now_s + need_lp_s > deadline_s - margin_s
+    at_risk = is_at_risk(request, home, now_s, lp_step_s, hop_s, policy)
     misses = now_s + need_lp_s > deadline_s
     safe = now_s + need_hp_s <= deadline_s
 

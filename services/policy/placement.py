@@ -1,5 +1,6 @@
 """Where a new request goes."""
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ class PlacementPolicy:
     """Instances whose last report is older are used only when there is no other."""
     saturation_s: float = 0.5
     """prefix_affine leaves the owner once its first token is predicted this much later than the best other's."""
+    tbt_fill: float = 0.65
+    """tbt_bins leaves the like once the first token is predicted later than this share of the TTFT objective."""
     max_owners: int = 10_000
     """Prefixes remembered by prefix_affine."""
 
@@ -99,7 +102,7 @@ def place(
             open_views.append((view, candidate))
     if not open_views:
         return Placement(None, "no instance takes requests", candidates)
-    chosen, rule = PLACEMENTS[policy.name](open_views, policy, state, affinity_key)
+    chosen, rule = PLACEMENTS[policy.name](request, open_views, policy, state, affinity_key)
     return Placement(chosen, rule, candidates)
 
 
@@ -115,7 +118,7 @@ def _least(open_views: _Open) -> str:
 
 
 def round_robin(
-    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
     """Take turns."""
     state.turn += 1
@@ -123,7 +126,7 @@ def round_robin(
 
 
 def least_requests(
-    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
     """Fewest requests, waiting and running."""
     for view, candidate in open_views:
@@ -132,7 +135,7 @@ def least_requests(
 
 
 def least_predicted_work(
-    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
     """Earliest predicted first token behind all that waits there; decodes count as they slow the prefill."""
     for _, candidate in open_views:
@@ -141,18 +144,18 @@ def least_predicted_work(
 
 
 def power_of_two(
-    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
     """The better, by predicted work, of two drawn at random; for many routers with old reports."""
     drawn = state.rng.sample(open_views, min(2, len(open_views)))
-    return least_predicted_work(drawn, policy, state, affinity_key)[0], "better of two drawn"
+    return least_predicted_work(request, drawn, policy, state, affinity_key)[0], "better of two drawn"
 
 
 def prefix_affine(
-    open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
     """The instance that served this prefix last, until its load saturates."""
-    best, rule = least_predicted_work(open_views, policy, state, affinity_key)
+    best, rule = least_predicted_work(request, open_views, policy, state, affinity_key)
     if not affinity_key:
         return best, rule
     loads = {candidate.worker_id: candidate.load for _, candidate in open_views}
@@ -167,11 +170,36 @@ def prefix_affine(
     return best, "least predicted work; owner saturated or gone" if owner else rule
 
 
-PlacementRule = Callable[[_Open, PlacementPolicy, PlacementState, str], tuple[str, str]]
+def tbt_bins(
+    request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
+) -> tuple[str, str]:
+    """Least predicted work among instances that serve the same TBT objective, while these are not full.
+
+    The tightest objective on an instance bounds its steps for all: unlike ones are kept apart. Better to join tighter
+    ones than to impose a bound on looser ones.
+    """
+    tbt_s, limit_s = request.slo.tbt_s, policy.tbt_fill * request.slo.ttft_s
+
+    def cost(entry: tuple[InstanceView, PlacementCandidate]) -> tuple[bool, int, float, str]:
+        view, candidate = entry
+        candidate.load = candidate.ttft_s
+        full = candidate.ttft_s > limit_s
+        tightest_s = min([view.min_tbt_s or math.inf, *(queued.slo.tbt_s for queued in view.queue)])
+        unlike = 0 if tightest_s in (tbt_s, math.inf) else 1 if tightest_s < tbt_s else 2
+        return full, 0 if full else unlike, candidate.ttft_s, view.worker_id
+
+    full, unlike, _, worker_id = min(map(cost, open_views))
+    if full:
+        return worker_id, "least predicted work; all are full"
+    return worker_id, ("the same TBT objective", "tighter TBT objectives", "looser TBT objectives")[unlike]
+
+
+PlacementRule = Callable[[QueuedRequest, _Open, PlacementPolicy, PlacementState, str], tuple[str, str]]
 PLACEMENTS: dict[str, PlacementRule] = {
     "round_robin": round_robin,
     "least_requests": least_requests,
     "least_predicted_work": least_predicted_work,
     "power_of_two": power_of_two,
     "prefix_affine": prefix_affine,
+    "tbt_bins": tbt_bins,
 }

@@ -33,6 +33,23 @@ class SloClass:
                 raise ValueError(f"{name}-ms must be within min-{name}-ms and max-{name}-ms, all finite and above 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """What the requests of one tenant may ask, within the limits of their class."""
+
+    slo_classes: tuple[str, ...] = ()
+    """Classes that it may name; empty: all. Without "default", the first one serves requests that name none."""
+    min_ttft_ms: float = 0.0
+    """Tightest TTFT objective that it gets, above its class's limits too."""
+    min_tbt_ms: float = 0.0
+    """Tightest TBT objective that it gets, above its class's limits too."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_ttft_ms", "min_tbt_ms"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name.replace('_', '-')} must be a finite time of at least 0")
+
+
 def default_slo_classes() -> dict[str, SloClass]:
     """Return the classes that exist without configuration."""
     return {
@@ -71,6 +88,7 @@ class RouterConfig:
 
     placement: str = option("least_predicted_work", "rule that places a new request: " + ", ".join(PLACEMENTS))
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
+    rescue: bool = option(True, "move waiting requests between LP or unified workers before they miss their objective")
     tickets: bool = option(True, "let idle HP workers take waiting LP requests")
     elastic_roles: bool = option(False, "set the workers' roles: HPs follow the offload pressure; for one router only")
     decide_interval_ms: float = option(15.0, "longest time between two rounds of offload and ticket decisions")
@@ -91,7 +109,10 @@ class RouterConfig:
     slo_classes: dict[str, SloClass] = field(
         default_factory=default_slo_classes, metadata={"help": "objectives and limits by class"}
     )
-    admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in")
+    tenants: dict[str, Tenant] = option(
+        {}, "what a tenant's requests may ask, by name; others are bound by classes only"
+    )
+    admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in, and of waits in seconds")
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
     role_policy: RolePolicy = option(RolePolicy(), "share and hysteresis of HP workers under elastic-roles")
@@ -100,6 +121,10 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if "default" not in self.slo_classes:
             raise ValueError('slo-classes must have a class "default"')
+        for name, tenant in self.tenants.items():
+            unknown = [one for one in tenant.slo_classes if one not in self.slo_classes]
+            if unknown:
+                raise ValueError(f"tenants.{name}: slo-classes has no class {unknown[0]!r}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         at_least_one = ("max_live_requests", "max_text_bytes", "max_unread_tokens", "default_max_tokens")

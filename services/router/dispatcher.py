@@ -21,13 +21,13 @@ from services.common.wire import ROLE_TO_PROTO
 from services.policy.admission import AdmissionAction, admit
 from services.policy.order import OrderPolicy
 from services.policy.placement import Placement, PlacementPolicy, PlacementState, place, queue_ttft_s
-from services.policy.state import InstanceView, QueuedRequest, Role
+from services.policy.state import InstanceView, QueuedRequest
 from services.policy.token_budget import BudgetPolicy
 from services.router import metrics
 from services.router.attainment import Attainment
 from services.router.config import RouterConfig
 from services.router.decision_log import DecisionLog
-from services.router.estimates import in_order, kept_ahead, urgent_ahead
+from services.router.estimates import in_order, newcomer_ahead
 from services.router.instance import Placed
 from services.router.prediction import Predictions
 from services.router.request import DecisionRecord, LiveRequest, State
@@ -287,8 +287,7 @@ class Dispatcher:
         waiting = 0
         for link in links:
             view = self.view(link, now_s)
-            ahead = urgent_ahead if view.role is Role.HIGH else kept_ahead
-            estimates.append(ahead(view, link.instance.budget).estimate(queued))
+            estimates.append(newcomer_ahead(view, link.instance.budget).estimate(queued))
             waiting += len(view.queue)
         decision = admit(
             request.spec.slo,

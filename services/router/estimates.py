@@ -4,22 +4,22 @@ from dataclasses import dataclass
 
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace, predict_in_order
-from services.policy.state import InstanceView, QueuedRequest
+from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.token_budget import BudgetPolicy
 
 
 @dataclass(slots=True)
 class Ahead:
-    """What an urgent request would wait for on an instance; grows as decisions send more there."""
+    """What a newcomer would wait for on an instance; grows as decisions send more there."""
 
     worker_id: str
     pace: PrefillPace
     hop_s: float
     work_s: float
-    """Prefill work that is served before a newly arrived urgent request."""
+    """Prefill work that is served before a newcomer, in seconds."""
 
     def estimate(self, request: QueuedRequest) -> TtftEstimate:
-        """Predict the request's first token if it were sent there now as urgent."""
+        """Predict the request's first token if it were sent there now."""
         before_s = self.pace.finish_s(self.work_s) if self.work_s > 0 else 0.0
         done_s = self.pace.finish_s(self.work_s + self._work_s(request))
         wait_s = min(before_s, done_s)
@@ -45,6 +45,11 @@ def kept_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or not queued.relegated)
     return Ahead(view.worker_id, pace, view.hop_s, work_s)
+
+
+def newcomer_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
+    """Return what a request that comes now waits for: on HP it comes as urgent."""
+    return (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget)
 
 
 def in_order(

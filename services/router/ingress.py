@@ -63,7 +63,7 @@ class Ingress:
         _apply_metadata(message, call.metadata)
         limits = self._limits()
         check_request(message, limits)
-        name, slo_class, slo = objective(message, self._config.slo_classes)
+        name, slo_class, slo = objective(message, self._config.slo_classes, self._config.tenants)
         request_id = message.request_id or f"req-{secrets.token_hex(8)}"
         if request_id in self._dispatcher.live:
             raise _in_use(request_id)

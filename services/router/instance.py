@@ -1,5 +1,6 @@
 """One worker as the policies see it: telemetry, and this router's own requests from the moment they are sent."""
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
@@ -216,6 +217,10 @@ class Instance:
             rest -= left
         if rest > 0:
             others = QueuedRequest(
-                request_id=OTHERS, arrival_s=now_s, prompt_tokens=rest, slo=Slo(ttft_s=1e6, tbt_s=1e6), started=True
+                request_id=OTHERS,
+                arrival_s=now_s,
+                prompt_tokens=rest,
+                slo=Slo(ttft_s=1e6, tbt_s=math.inf),
+                started=True,
             )
             self.view.queue.append(others)

@@ -1,9 +1,10 @@
-"""Moves waiting requests: off LP before they miss, to idle HP on tickets, away from a worker that drains.
+"""Moves waiting requests: before they miss, to idle HP on tickets, away from a worker that drains.
 
 Every move is two-phase: withdraw, wait until the worker says that the request was never scheduled, then submit.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 from ascendra.v1 import worker_pb2
 from services.common.errors import ResourceExhausted
 from services.common.logging import get_logger
-from services.policy.admission import retry_delay_s
-from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload
+from services.policy.admission import retry_delay_s, waited_too_long
+from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload, is_at_risk
 from services.policy.prefill import PrefillPace, TtftEstimate
 from services.policy.state import QueuedRequest, Role
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
 from services.router import metrics
 from services.router.dispatcher import Dispatcher
-from services.router.estimates import Ahead, in_order, urgent_ahead
+from services.router.estimates import Ahead, in_order, newcomer_ahead
 from services.router.instance import Placed
 from services.router.request import DecisionRecord, State
 from services.router.worker_link import WorkerLink
@@ -38,7 +39,7 @@ class Transfer:
 
     placed: Placed
     kind: str
-    """"offload", "ticket", "refuse" or "move"."""
+    """"offload", "rescue", "ticket", "refuse" or "move"."""
     rule: str
     target: WorkerLink | None
     """None: placed anew (a drain), or refused."""
@@ -58,6 +59,43 @@ class _Queue:
     placed: dict[str, Placed]
 
 
+class _Targets:
+    """Where requests could go in this round, with what each would wait for there; computed when first asked for."""
+
+    def __init__(self, dispatcher: Dispatcher, links: Sequence[WorkerLink], now_s: float) -> None:
+        self.links = {link.worker_id: link for link in links}
+        self._dispatcher = dispatcher
+        self._now_s = now_s
+        self._ahead: dict[str, Ahead] = {}
+
+    def candidates(self, queued: QueuedRequest, home: WorkerLink) -> list[OffloadCandidate]:
+        """Return the workers that a request may move to: HP by offload, others by rescue."""
+        config = self._dispatcher.config
+        return [
+            OffloadCandidate(worker_id, self._of(link).estimate(queued))
+            for worker_id, link in self.links.items()
+            if link is not home and (config.offload if link.instance.view.role is Role.HIGH else config.rescue)
+        ]
+
+    def best_s(self, queued: QueuedRequest) -> float:
+        """Return the seconds to a request's first token if it came anew; infinite when nobody takes requests."""
+        return min((self._of(link).estimate(queued).mean_s for link in self.links.values()), default=math.inf)
+
+    def take(self, queued: QueuedRequest, target: WorkerLink) -> TtftEstimate:
+        """Count a request that goes there from now on, and return its prediction."""
+        ahead = self._of(target)
+        predicted = ahead.estimate(queued)
+        ahead.take(queued)
+        return predicted
+
+    def _of(self, link: WorkerLink) -> Ahead:
+        ahead = self._ahead.get(link.worker_id)
+        if ahead is None:
+            view = self._dispatcher.view(link, self._now_s)
+            ahead = self._ahead[link.worker_id] = newcomer_ahead(view, link.instance.budget)
+        return ahead
+
+
 class Rebalancer:
     """Runs rounds of decisions when something changed, and at least every `decide_interval_ms`."""
 
@@ -69,9 +107,9 @@ class Rebalancer:
         leases = self._config.ticket_policy if self._config.tickets else TicketPolicy(leases=0)
         self._ledger = TicketLedger(leases)
         self.unsaved = 0
-        """Requests at risk that no HP could take."""
+        """Requests at risk that nobody could take."""
         self.offloads = 0
-        """Requests offloaded."""
+        """Requests offloaded to HP."""
         self.urgent_work_s = 0.0
         """Prefill work sent to HP as urgent, in seconds."""
         dispatcher.work_changed = self._changed.set
@@ -99,18 +137,19 @@ class Rebalancer:
         """Take one round of decisions."""
         self._dispatcher.expire_parked(now_s)
         self._expire(now_s)
-        links = [link for link in self._dispatcher.links() if link.attached]
-        sources = [link for link in links if link.instance.view.role is Role.LOW and link.instance.has_queue]
-        if not sources:
+        waiting = [link for link in self._dispatcher.links() if link.attached and link.instance.has_queue]
+        if not waiting:
             return
-        high = [link for link in links if link.instance.view.role is Role.HIGH and link.takes_requests(now_s)]
-        queues = [self._queue(link, now_s) for link in sources]
-        if self._config.offload:
-            ahead = {link.worker_id: self._ahead(link, now_s) for link in high}
-            by_id = {link.worker_id: link for link in high}
-            for queue in queues:
-                self._offload(queue, ahead, by_id, now_s)
-        self._tickets(queues, high, now_s)
+        takers = [link for link in self._dispatcher.links() if link.takes_requests(now_s)]
+        targets = _Targets(self._dispatcher, takers, now_s)
+        for link in waiting:
+            self._refuse_late(link, targets, now_s)
+        queues = [self._queue(link, now_s) for link in waiting if link.instance.view.role is not Role.HIGH]
+        for queue in queues:
+            self._leave_at_risk(queue, targets, now_s)
+        low = [queue for queue in queues if queue.link.instance.view.role is Role.LOW]
+        if low:
+            self._tickets(low, [link for link in takers if link.instance.view.role is Role.HIGH], now_s)
 
     def drain_waiting(self, link: WorkerLink) -> None:
         """Take back everything that a draining worker has not started."""
@@ -139,25 +178,25 @@ class Rebalancer:
         placed = {placed.queued.request_id: placed for placed in link.instance.queue}
         return _Queue(link, ordered, estimates, pace, placed)
 
-    def _ahead(self, link: WorkerLink, now_s: float) -> Ahead:
-        return urgent_ahead(self._dispatcher.view(link, now_s), link.instance.budget)
-
-    def _offload(self, queue: _Queue, ahead: dict[str, Ahead], high: dict[str, WorkerLink], now_s: float) -> None:
+    def _leave_at_risk(self, queue: _Queue, targets: _Targets, now_s: float) -> None:
+        """Send those at risk to whoever still makes it; refuse those whom nobody saves if they asked for that."""
         leaving: list[_Leaving] = []
         policy = self._config.offload_policy
+        step_s = queue.link.instance.step_s or queue.pace.step_s
+        hop_s = queue.link.instance.view.hop_s
         for queued, estimate in zip(queue.ordered, queue.estimates, strict=True):
             placed = queue.placed.get(queued.request_id)
             if placed is None or queued.started or placed.withdrawing or placed.request.has_tokens:
                 continue
-            candidates = [OffloadCandidate(worker_id, a.estimate(queued)) for worker_id, a in ahead.items()]
-            step_s = queue.link.instance.step_s or queue.pace.step_s
+            if not is_at_risk(queued, estimate, now_s, step_s, hop_s, policy):
+                continue
+            candidates = targets.candidates(queued, queue.link)
             decision = decide_offload(queued, estimate, candidates, now_s, step_s, policy, placed.decided_s)
             if decision.action is OffloadAction.OFFLOAD and decision.target is not None:
-                target = high[decision.target]
-                predicted = ahead[decision.target].estimate(queued)
-                ahead[decision.target].take(queued)
-                numbers = (predicted.mean_s, predicted.wait_s)
-                leaving.append((placed, "offload", decision.reason, target, numbers, 0.0))
+                target = targets.links[decision.target]
+                kind = "offload" if target.instance.view.role is Role.HIGH else "rescue"
+                predicted = targets.take(queued, target)
+                leaving.append((placed, kind, decision.reason, target, (predicted.mean_s, predicted.wait_s), 0.0))
             elif decision.action is OffloadAction.RELEGATE:
                 placed.decided_s = now_s
                 self.unsaved += 1
@@ -166,6 +205,22 @@ class Rebalancer:
                     delay_s = retry_delay_s(best_s, queued.slo)
                     leaving.append((placed, "refuse", decision.reason, None, None, delay_s))
         self._withdraw(queue.link, leaving)
+
+    def _refuse_late(self, link: WorkerLink, targets: _Targets, now_s: float) -> None:
+        """Refuse what waited beyond the bound and asked to be refused in overload."""
+        policy = self._config.admission_policy
+        open_ = {
+            placed.queued.request_id: placed
+            for placed in link.instance.queue
+            if placed.request.spec.refuse_hopeless and not placed.withdrawing and not placed.request.has_tokens
+        }
+        leaving: list[_Leaving] = []
+        for request_id in waited_too_long((placed.queued for placed in open_.values()), now_s, policy):
+            placed = open_[request_id]
+            reason = f"it waited {now_s - placed.request.arrival_s:.1f} s, over the limit of {policy.max_wait_s:g} s"
+            delay_s = retry_delay_s(targets.best_s(placed.queued), placed.queued.slo)
+            leaving.append((placed, "refuse", reason, None, None, delay_s))
+        self._withdraw(link, leaving)
 
     def _tickets(self, queues: Sequence[_Queue], high: Sequence[WorkerLink], now_s: float) -> None:
         if self._ledger.policy.leases <= 0 or not high:
@@ -194,12 +249,15 @@ class Rebalancer:
             chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
             if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
                 continue
-            predicted = self._ahead(target, now_s).estimate(chosen)
+            predicted = self._newcomer_ahead(target, now_s).estimate(chosen)
             transfer = (
                 queue.placed[chosen.request_id], "ticket", "an HP worker has room", target,
                 (predicted.mean_s, predicted.wait_s), 0.0,
             )  # fmt: skip
             self._withdraw(queue.link, [transfer])
+
+    def _newcomer_ahead(self, link: WorkerLink, now_s: float) -> Ahead:
+        return newcomer_ahead(self._dispatcher.view(link, now_s), link.instance.budget)
 
     def _may_leave(self, queue: _Queue, queued: QueuedRequest) -> bool:
         """Started requests stay in the list: they take their part of the next step."""
@@ -247,10 +305,13 @@ class Rebalancer:
         if target is None or not target.takes_requests(placed.decided_s):
             self._dispatcher.place(request, "move", transfer.rule, avoid=link)
             return
-        if transfer.kind == "offload":
+        if transfer.kind in ("offload", "rescue"):
             request.hops += 1
+        if transfer.kind == "offload":
             self.offloads += 1
-            self.urgent_work_s += self._ahead(target, placed.decided_s).pace.work_s(placed.queued.prompt_tokens)
+            self.urgent_work_s += self._newcomer_ahead(target, placed.decided_s).pace.work_s(
+                placed.queued.prompt_tokens
+            )
         at_s = placed.decided_s - request.arrival_s
         record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id)
         urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"

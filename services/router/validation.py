@@ -10,7 +10,7 @@ import numpy as np
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted
 from services.policy.state import Slo
-from services.router.config import SloClass
+from services.router.config import SloClass, Tenant
 
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
 MAX_STOP_TOKENS = 128
@@ -184,18 +184,22 @@ def stop_strings(sampling: common_pb2.SamplingParameters) -> list[str]:
     return stops
 
 
-def objective(request: inference_pb2.GenerateRequest, classes: Mapping[str, SloClass]) -> tuple[str, SloClass, Slo]:
+def objective(
+    request: inference_pb2.GenerateRequest, classes: Mapping[str, SloClass], tenants: Mapping[str, Tenant]
+) -> tuple[str, SloClass, Slo]:
     """Return the class's name, the class, and the objective after defaults and clamping.
 
     Raises:
-        InvalidArgument: the class is unknown, or an objective is not a finite time above 0.
+        InvalidArgument: the class is unknown or not for this tenant, or an objective is not a finite time above 0.
     """
-    name = request.slo_class or "default"
-    if name not in classes:
-        known = ", ".join(classes)
-        raise InvalidArgument(
-            f"slo_class must be one of {known}; got {name[:MAX_NAME_CHARS]!r}", reason="UNKNOWN_CLASS"
-        )
+    tenant = tenants.get(request.tenant, Tenant())
+    allowed = tenant.slo_classes or tuple(classes)
+    name = request.slo_class or ("default" if "default" in allowed else allowed[0])
+    if name not in allowed:
+        known, given = ", ".join(allowed), name[:MAX_NAME_CHARS]
+        whose = f" for tenant {request.tenant!r}" if name in classes else ""
+        reason = "CLASS_NOT_ALLOWED" if name in classes else "UNKNOWN_CLASS"
+        raise InvalidArgument(f"slo_class must be one of {known}{whose}; got {given!r}", reason=reason)
     slo_class = classes[name]
     asked = request.slo
     if request.HasField("slo") and asked.ttft_ms == 0 and asked.tbt_ms == 0:
@@ -206,6 +210,7 @@ def objective(request: inference_pb2.GenerateRequest, classes: Mapping[str, SloC
             raise InvalidArgument(f"slo.{field} must be a finite time above 0, got {value}")
     ttft_ms = min(max(asked.ttft_ms or slo_class.ttft_ms, slo_class.min_ttft_ms), slo_class.max_ttft_ms)
     tbt_ms = min(max(asked.tbt_ms or slo_class.tbt_ms, slo_class.min_tbt_ms), slo_class.max_tbt_ms)
+    ttft_ms, tbt_ms = max(ttft_ms, tenant.min_ttft_ms), max(tbt_ms, tenant.min_tbt_ms)
     return name, slo_class, Slo(ttft_s=ttft_ms / 1000, tbt_s=tbt_ms / 1000)
 
 

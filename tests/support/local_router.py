@@ -12,6 +12,7 @@ from ascendra.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.common.channels import open_channel
 from services.router.app import Router
 from services.router.config import RouterConfig
+from tests.support.scripted_worker import ScriptedWorker
 
 
 class LocalRouter:
@@ -87,6 +88,26 @@ async def local_router(model: Path, workers: Sequence[str], **keys: Any) -> Asyn
         await channel.close(None)
         stop.set()
         await task
+
+
+@contextlib.asynccontextmanager
+async def cluster(tokenizer: Path, *workers: ScriptedWorker, **keys: Any) -> AsyncIterator[LocalRouter]:
+    """Start the workers and a router attached to all of them."""
+    for worker in workers:
+        await worker.start()
+    try:
+        async with local_router(tokenizer, [worker.address for worker in workers], **keys) as router:
+            await router.attached(len(workers))
+            yield router
+    finally:
+        for worker in workers:
+            await worker.stop()
+
+
+def status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
+    """Return code, reason and retry-safe of an error."""
+    metadata = metadata_of(error)
+    return error.code(), metadata["ascendra-reason"], metadata["ascendra-retry-safe"]
 
 
 def metadata_of(error: grpc.aio.AioRpcError) -> dict[str, str]:

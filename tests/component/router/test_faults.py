@@ -1,8 +1,6 @@
 """What the router does when workers misbehave: faults over real sockets, by script."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -11,30 +9,19 @@ import pytest
 
 from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2, worker_pb2
 from services.policy.state import Role
-from tests.support.local_router import Collected, LocalRouter, local_router, metadata_of, text_request, until
+from tests.support.local_router import (
+    Collected,
+    LocalRouter,
+    cluster,
+    local_router,
+    metadata_of,
+    status_of,
+    text_request,
+    until,
+)
 from tests.support.scripted_worker import ScriptedWorker
 
 EXPECTED = [66 + i % 26 for i in range(2000)]
-
-
-@contextlib.asynccontextmanager
-async def cluster(tokenizer: Path, *workers: ScriptedWorker, **keys: object) -> AsyncIterator[LocalRouter]:
-    """Start the workers and a router attached to all of them."""
-    for worker in workers:
-        await worker.start()
-    try:
-        async with local_router(tokenizer, [worker.address for worker in workers], **keys) as router:
-            await router.attached(len(workers))
-            yield router
-    finally:
-        for worker in workers:
-            await worker.stop()
-
-
-def status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
-    """Return code, reason and retry-safe of an error."""
-    metadata = metadata_of(error)
-    return error.code(), metadata["ascendra-reason"], metadata["ascendra-retry-safe"]
 
 
 async def until_tokens(router: LocalRouter, count: int) -> None:

@@ -38,17 +38,15 @@ def test_retry_delay_is_how_late_it_would_be() -> None:
     assert admit(SLO, [TtftEstimate(5.0, 5.0, 0.0)], 0, policy).retry_after_s == pytest.approx(3.0)
 
 
-def test_waits_of_relegated_requests_have_an_end() -> None:
-    """Only relegated ones that never started and waited beyond the limit are told to go."""
+def test_waits_have_an_end() -> None:
+    """Only those that never started and waited beyond the limit and their objective are told to go."""
     queue = [
-        QueuedRequest(
-            request_id=name, arrival_s=arrival_s, prompt_tokens=1, slo=SLO, relegated=relegated, started=started
-        )
-        for name, arrival_s, relegated, started in [
-            ("young", 20.0, True, False),
-            ("old", 0.0, True, False),
-            ("begun", 0.0, True, True),
-            ("kept", 0.0, False, False),
+        QueuedRequest(request_id=name, arrival_s=arrival_s, prompt_tokens=1, slo=slo, started=started)
+        for name, arrival_s, slo, started in [
+            ("young", 20.0, SLO, False),
+            ("old", 0.0, SLO, False),
+            ("begun", 0.0, SLO, True),
+            ("patient", 0.0, Slo(ttft_s=60.0, tbt_s=0.1), False),
         ]
     ]
     assert waited_too_long(queue, 31.0, AdmissionPolicy()) == ["old"]

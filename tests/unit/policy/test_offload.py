@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.policy.offload import OffloadAction, OffloadCandidate, OffloadPolicy, decide_offload
+from services.policy.offload import OffloadAction, OffloadCandidate, OffloadPolicy, decide_offload, is_at_risk
 from services.policy.prefill import TtftEstimate
 from services.policy.state import QueuedRequest, Slo
 
@@ -91,3 +91,16 @@ def test_never_spends_hp_on_what_it_cannot_save(
         assert decision.target == f"hp{away_s.index(min(away_s))}"
     if decision.action is OffloadAction.RELEGATE:
         assert now_s + caution * min([home_s, *away_s]) > 1.0
+
+
+@given(
+    home_s=st.floats(0, 3), away_s=st.floats(0, 3), now_s=st.floats(0, 2), step_s=st.floats(0, 0.2),
+    relegated=st.booleans(),
+)  # fmt: skip
+def test_who_is_not_at_risk_stays(home_s: float, away_s: float, now_s: float, step_s: float, relegated: bool) -> None:
+    """Asking for risk first spares the candidates and never changes the decision."""
+    request = waiting(relegated=relegated)
+    if not is_at_risk(request, estimate(home_s), now_s, step_s, 0.0, POLICY):
+        there = [OffloadCandidate("there", estimate(away_s))]
+        decision = decide_offload(request, estimate(home_s), there, now_s, step_s, POLICY)
+        assert decision.action is OffloadAction.STAY

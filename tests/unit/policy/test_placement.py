@@ -63,6 +63,26 @@ def test_prefix_affinity_sticks_until_saturated() -> None:
     assert chosen("prefix_affine", [instance("a")], state, "s") == "a"
 
 
+def test_unlike_tbt_objectives_are_kept_apart_while_there_is_room() -> None:
+    """Like first, then an empty or tighter one, a looser one last; when all are full the earliest first token wins."""
+    loose, tight = Slo(ttft_s=2.0, tbt_s=0.2), Slo(ttft_s=2.0, tbt_s=0.05)
+
+    def serving(name: str, slo: Slo, queued: int = 1) -> InstanceView:
+        view = instance(name, queued)
+        for request in view.queue:
+            request.slo = slo
+        return view
+
+    looser, like, tighter = serving("looser", loose), instance("like", 2), serving("tighter", tight)
+    assert chosen("tbt_bins", [looser, like, tighter]) == "like"
+    assert chosen("tbt_bins", [looser, tighter]) == "tighter"
+    assert chosen("tbt_bins", [looser, tighter, instance("empty")]) == "empty"
+    decoding = instance("decoding", decodes=5, decode_context_tokens=5000, min_tbt_s=0.2)
+    assert chosen("tbt_bins", [decoding, tighter]) == "tighter"
+    assert chosen("tbt_bins", [looser, instance("like", 40)]) == "looser"
+    assert chosen("tbt_bins", [serving("looser", loose, 50), instance("like", 40)]) == "like"
+
+
 def test_owners_are_bounded() -> None:
     """The least recently used prefix is forgotten."""
     state = PlacementState()

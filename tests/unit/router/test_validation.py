@@ -8,7 +8,7 @@ import pytest
 
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted, ServiceError
-from services.router.config import SloClass, default_slo_classes
+from services.router.config import RouterConfig, SloClass, Tenant, default_slo_classes
 from services.router.ingress import move_contract
 from services.router.validation import Limits, check_ids, check_request, objective, token_limits
 
@@ -108,23 +108,44 @@ def test_good_requests_pass() -> None:
 def test_objectives_must_be_times(slo: tuple[float, float]) -> None:
     """Zero for both, negative, infinite and NaN objectives are refused."""
     with pytest.raises(InvalidArgument, match="slo"):
-        objective(request(slo=common_pb2.Slo(ttft_ms=slo[0], tbt_ms=slo[1])), default_slo_classes())
+        objective(request(slo=common_pb2.Slo(ttft_ms=slo[0], tbt_ms=slo[1])), default_slo_classes(), {})
 
 
 def test_objectives_default_to_the_class_and_are_clamped() -> None:
     """Absent fields take the class's; wild ones are brought within its limits."""
     classes = {"default": SloClass(ttft_ms=1000, tbt_ms=50, min_ttft_ms=100, max_tbt_ms=500)}
-    assert objective(request(), classes)[2].ttft_s == 1.0
-    name, _, slo = objective(request(slo=common_pb2.Slo(ttft_ms=1, tbt_ms=1e9)), classes)
+    assert objective(request(), classes, {})[2].ttft_s == 1.0
+    name, _, slo = objective(request(slo=common_pb2.Slo(ttft_ms=1, tbt_ms=1e9)), classes, {})
     assert (name, slo.ttft_s, slo.tbt_s) == ("default", 0.1, 0.5)
     with pytest.raises(InvalidArgument, match="slo_class must be one of default"):
-        objective(request(slo_class="gold"), classes)
+        objective(request(slo_class="gold"), classes, {})
 
 
 def test_classes_must_be_consistent() -> None:
     """A class's objective lies within its own limits."""
     with pytest.raises(ValueError, match="ttft-ms"):
         SloClass(ttft_ms=10, min_ttft_ms=20)
+
+
+def test_a_tenant_is_bound_within_its_class() -> None:
+    """Its classes are the only ones it may name, the first its default; its floor is above what the class allows."""
+    tenants = {"small": Tenant(slo_classes=("batch",), min_ttft_ms=20_000, min_tbt_ms=300)}
+    name, _, slo = objective(request(tenant="small"), default_slo_classes(), tenants)
+    assert (name, slo.ttft_s, slo.tbt_s) == ("batch", 20.0, 0.3)
+    generous = request(tenant="small", slo=common_pb2.Slo(ttft_ms=60_000, tbt_ms=400))
+    assert objective(generous, default_slo_classes(), tenants)[2].ttft_s == 60.0
+    with pytest.raises(InvalidArgument, match="one of batch for tenant 'small'; got 'interactive'") as caught:
+        objective(request(tenant="small", slo_class="interactive"), default_slo_classes(), tenants)
+    assert caught.value.reason == "CLASS_NOT_ALLOWED"
+    assert objective(request(tenant="other"), default_slo_classes(), tenants)[2].ttft_s == 2.0
+
+
+def test_tenants_name_classes_that_exist() -> None:
+    """A class that nobody configured is refused at the start, and so is a floor that is no time."""
+    with pytest.raises(ValueError, match="no class 'gold'"):
+        RouterConfig(tenants={"small": Tenant(slo_classes=("gold",))})
+    with pytest.raises(ValueError, match="min-tbt-ms"):
+        Tenant(min_tbt_ms=math.nan)
 
 
 def test_the_prompt_must_leave_room() -> None:
