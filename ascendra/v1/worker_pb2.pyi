@@ -194,10 +194,12 @@ class Draining(_message.Message):
     def __init__(self, remaining_ms: _Optional[int] = ...) -> None: ...
 
 class Ping(_message.Message):
-    __slots__ = ("ping_id",)
+    __slots__ = ("ping_id", "gap_inflation_s")
     PING_ID_FIELD_NUMBER: _ClassVar[int]
+    GAP_INFLATION_S_FIELD_NUMBER: _ClassVar[int]
     ping_id: int
-    def __init__(self, ping_id: _Optional[int] = ...) -> None: ...
+    gap_inflation_s: float
+    def __init__(self, ping_id: _Optional[int] = ..., gap_inflation_s: _Optional[float] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ("ping_id",)

@@ -16,6 +16,7 @@ from ascendra.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channels import open_channel
 from services.common.logging import get_logger
 from services.common.wire import ROLE_FROM_PROTO
+from services.policy.delivery import DeliverySpread
 from services.policy.state import Role
 from services.router import metrics
 from services.router.breaker import Breaker
@@ -98,6 +99,9 @@ class WorkerLink:
         self._unsent_event = asyncio.Event()
         self._sequence = 0
         self._pings: dict[int, float] = {}
+        self._delivery = DeliverySpread()
+        self._step_before = 0
+        self._step_before_s = 0.0
         self._sever: str = ""
         self._severed = asyncio.Event()
         self._role_changed = asyncio.Event()
@@ -303,9 +307,19 @@ class WorkerLink:
             metrics.DROPPED_FRAMES.labels(reason="gap").inc()
             raise Suspect(f"message {step.sequence} follows {self._sequence}: some are missing")
         self._sequence = step.sequence
+        self._observe_delivery(step, now_s)
         for telemetry in step.telemetry:
             self.instance.telemetry(telemetry, now_s)
         self._events.on_step(self, step, now_s)
+
+    def _observe_delivery(self, step: worker_pb2.StepOutput, now_s: float) -> None:
+        """Learn how much longer gaps are here than in the engine, from steps that follow each other without a pause."""
+        last = step.telemetry[-1] if len(step.telemetry) == 1 and step.token_ids else None
+        before, before_s = self._step_before, self._step_before_s
+        if last is not None and last.step == before + 1:
+            self._delivery.observe(now_s - before_s, last.step_s)
+        self._step_before = last.step if last is not None and last.running else 0
+        self._step_before_s = now_s
 
     def _on_other(self, kind: str | None, response: worker_pb2.AttachResponse, now_s: float) -> None:
         match kind:
@@ -363,7 +377,8 @@ class WorkerLink:
                 self._pings = {i: t for i, t in self._pings.items() if now_s - t < 10 * _PING_S}
                 ping_id = next(self._ids)
                 self._pings[ping_id] = now_s
-                self._send(worker_pb2.AttachRequest(ping=worker_pb2.Ping(ping_id=ping_id)))
+                ping = worker_pb2.Ping(ping_id=ping_id, gap_inflation_s=self._delivery.allowance_s())
+                self._send(worker_pb2.AttachRequest(ping=ping))
 
     def _expire_cancellations(self, now_s: float) -> None:
         late = [handle for handle, limit_s in self._cancelling.items() if limit_s < now_s]

@@ -101,6 +101,7 @@ class Attachment:
                     raise ResourceExhausted("the router does not read its stream", reason="SLOW_READER")
         finally:
             worker.outboxes.discard(self._outbox)
+            worker.note_delivery(self._router_id, 0.0)
             metrics.ROUTERS.dec()
             log.info("router_detached", router_id=self._router_id, aborted=len(self._live))
             await self._end(reader)
@@ -143,6 +144,8 @@ class Attachment:
                 self._worker.begin_drain(timeout_ms / 1000 if timeout_ms else self._worker.config.drain_timeout_s)
             case "ping":
                 self._outbox.put(worker_pb2.AttachResponse(pong=worker_pb2.Pong(ping_id=request.ping.ping_id)))
+                if self._worker.note_delivery(self._router_id, request.ping.gap_inflation_s):
+                    await self._start_control(self._worker.apply_delivery())
             case other:
                 log.warning("message_ignored", kind=other, router_id=self._router_id)
 

@@ -11,9 +11,10 @@ import grpc.aio
 from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
 from services.common.channels import open_channel
 from services.common.logging import get_logger
+from services.common.wire import ROLE_TO_PROTO
 from services.worker import metrics
 from services.worker.engine.contract import StepReport
-from services.worker.worker import Worker, role_to_proto
+from services.worker.worker import Worker
 
 log = get_logger()
 
@@ -63,7 +64,7 @@ class TelemetryReporter:
         request = predictor_pb2.ReportTelemetryRequest(
             worker_id=worker.worker_id,
             incarnation=worker.incarnation,
-            role=role_to_proto(worker.role),
+            role=ROLE_TO_PROTO[worker.role],
             warm_start=warm_start,
         )
         now_s = time.monotonic()

@@ -10,7 +10,8 @@ import grpc
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.logging import get_logger
-from services.policy.state import Role
+from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
+from services.policy.delivery import MAX_ALLOWANCE_S
 from services.worker import metrics
 from services.worker.config import WorkerConfig
 from services.worker.engine.contract import Engine, EngineDead, StepReport
@@ -20,13 +21,9 @@ log = get_logger()
 
 PROTOCOL_VERSION = 1
 UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
-_TO_PROTO = {
-    Role.LOW: common_pb2.ROLE_LOW_PRIORITY,
-    Role.HIGH: common_pb2.ROLE_HIGH_PRIORITY,
-    Role.UNIFIED: common_pb2.ROLE_UNIFIED,
-}
-_FROM_PROTO = {value: role for role, value in _TO_PROTO.items()}
 _CLEAN_UP_S = 10.0
+_DELIVERY_STEP_S = 0.0005
+"""Smaller changes of the routers' gap inflation are not passed on to the engine."""
 
 
 class LiveRequest:
@@ -63,6 +60,8 @@ class Worker:
         self._numbers = itertools.count(1)
         self._drain: asyncio.Task[None] | None = None
         self.drain_begun = asyncio.Event()
+        self._deliveries_s: dict[str, float] = {}
+        self._applied_delivery_s = 0.0
         engine.on_report(self._on_report)
 
     @property
@@ -90,7 +89,7 @@ class Worker:
         return worker_pb2.Welcome(
             worker_id=self.worker_id,
             protocol_version=PROTOCOL_VERSION,
-            role=_TO_PROTO[self.role],
+            role=ROLE_TO_PROTO[self.role],
             model=self.config.effective_model_name,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
@@ -145,14 +144,30 @@ class Worker:
 
     async def set_role(self, role: common_pb2.Role) -> bool:
         """Change the role and tell every router; False for a role that is none."""
-        if role not in _FROM_PROTO:
+        if role not in ROLE_FROM_PROTO:
             return False
-        self.role = _FROM_PROTO[role]
+        self.role = ROLE_FROM_PROTO[role]
         policy = self.policy()
         await self.engine.set_policy(self.role.value, policy.value_function, policy.token_budget, policy.relegation)
         log.info("role_changed", role=self.role.value)
         self.broadcast(worker_pb2.AttachResponse(role_changed=worker_pb2.RoleChanged(role=role, policy=policy)))
         return True
+
+    def note_delivery(self, router_id: str, gap_inflation_s: float) -> bool:
+        """Take in what a router measured; tell whether the engine should hear of it."""
+        if 0 < gap_inflation_s <= MAX_ALLOWANCE_S:
+            self._deliveries_s[router_id] = gap_inflation_s
+        else:
+            self._deliveries_s.pop(router_id, None)
+        return abs(self._worst_delivery_s() - self._applied_delivery_s) > _DELIVERY_STEP_S
+
+    async def apply_delivery(self) -> None:
+        """Have the engine leave room for the worst of what the routers measured."""
+        self._applied_delivery_s = self._worst_delivery_s()
+        await self.engine.set_delivery(self._applied_delivery_s)
+
+    def _worst_delivery_s(self) -> float:
+        return max(self._deliveries_s.values(), default=0.0)
 
     def begin_drain(self, timeout_s: float) -> None:
         """Take no new requests; after timeout_s cancel what is left. A second call can only shorten the time."""
@@ -220,11 +235,6 @@ class Worker:
             metrics.observe_step(report.step)
             for outbox in self.outboxes:
                 outbox.put_telemetry(report.step, report.ended_s)
-
-
-def role_to_proto(role: Role) -> common_pb2.Role:
-    """Return a role's wire form."""
-    return _TO_PROTO[role]
 
 
 def failed(handle: int, code: int, message: str, reason: str) -> worker_pb2.AttachResponse:

@@ -158,6 +158,11 @@ class VllmEngine:
         if self.info.policies:
             await self._control("set_step_time_model", [model.SerializeToString().hex()])
 
+    async def set_delivery(self, gap_inflation_s: float) -> None:
+        """Leave room in every gap for what passes outside the engine, in seconds."""
+        if self.info.policies:
+            await self._control("set_delivery", [gap_inflation_s])
+
     async def step_time_model(self) -> common_pb2.StepTimeModel:
         """Return the model that the engine plans with; empty when the stock scheduler runs."""
         if not self.info.policies:

@@ -153,6 +153,10 @@ class Engine(Protocol):
         """Let the engine plan with a model learned elsewhere."""
         ...
 
+    async def set_delivery(self, gap_inflation_s: float) -> None:
+        """Leave room in every gap for what passes outside the engine, in seconds."""
+        ...
+
     async def step_time_model(self) -> common_pb2.StepTimeModel:
         """Return the model that the engine plans with."""
         ...

@@ -67,6 +67,20 @@ def test_a_late_decode_shortens_the_step() -> None:
     assert one.plan(NOW_S, [], queue, late, in_flight=True).token_budget > budget
 
 
+def test_a_slow_path_to_the_reader_shortens_the_step() -> None:
+    """What routers measure is left free in every gap, also after a change of role, until the path is quick again."""
+    one, queue, running = planner(), [waiting("a", 5000)], decodes(16, 0.1)
+    before = one.plan(NOW_S, [], queue, running).token_budget
+    one.set_delivery(0.02)
+    slow = one.plan(NOW_S, [], queue, running).token_budget
+    assert slow < before
+    assert slow == planner().plan(NOW_S, [], queue, decodes(16, 0.1 - 0.02 + 0.001)).token_budget
+    one.set_policy(PolicySettings(role="low"))
+    assert one.plan(NOW_S, [], queue, running).token_budget == slow
+    one.set_delivery(0.0)
+    assert one.plan(NOW_S, [], queue, running).token_budget == before
+
+
 def test_the_static_budget_ignores_the_gap() -> None:
     """A static budget is the same whatever decodes."""
     static = planner(token_budget="static", static_budget_tokens=512)

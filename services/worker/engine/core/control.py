@@ -24,6 +24,7 @@ class Control:
             "reprioritise": self.reprioritise,
             "set_policy": self.set_policy,
             "set_step_time_model": self.set_step_time_model,
+            "set_delivery": self.set_delivery,
             "step_time_model": self.step_time_model,
         }
 
@@ -71,6 +72,11 @@ class Control:
     def set_step_time_model(self, encoded: str) -> bool:
         """Plan with a model learned elsewhere."""
         self._scheduler.planner.adopt(model_from_proto(common_pb2.StepTimeModel.FromString(bytes.fromhex(encoded))))
+        return True
+
+    def set_delivery(self, gap_inflation_s: float) -> bool:
+        """Leave room in every gap for what passes outside the engine."""
+        self._scheduler.planner.set_delivery(gap_inflation_s)
         return True
 
     def step_time_model(self) -> str:

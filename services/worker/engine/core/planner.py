@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, WaitingOrder, order_waiting
@@ -55,6 +55,7 @@ class StepPlanner:
         self._max_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._fit = OnlineStepTimeFit(warm_start)
+        self._delivery_s = BudgetPolicy().delivery_s
         self.set_policy(settings)
 
     @property
@@ -74,10 +75,16 @@ class StepPlanner:
             kind=settings.token_budget,
             static_tokens=min(settings.static_budget_tokens, self._max_tokens),
             max_tokens=self._max_tokens,
+            delivery_s=self._delivery_s,
         )
         self.role = Role(settings.role)
         self.settings, self._order, self._budget = settings, order, budget
         self._turns = RelegatedTurns(order.relegated_share)
+
+    def set_delivery(self, gap_inflation_s: float) -> None:
+        """Leave room in every gap for what passes outside the engine, as the routers measure it."""
+        self._delivery_s = max(gap_inflation_s, BudgetPolicy().delivery_s)
+        self._budget = replace(self._budget, delivery_s=self._delivery_s)
 
     @property
     def is_stock(self) -> bool:
