@@ -103,16 +103,6 @@ class HeadroomPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TbtBinPolicy:
-    """Keep requests of unlike TBT objectives apart: the tightest one on an instance bounds its steps for all."""
-
-    fill: float = 0.65
-    """Leave the like for the unlike when the first token is predicted later than this share of the TTFT objective."""
-    loose_fill: float = 0.65
-    """The same for a request that would join tighter ones."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterPolicy:
     """What a placing router does."""
 
@@ -122,8 +112,6 @@ class RouterPolicy:
     order: OrderPolicy
     """As the workers', to predict them."""
     headroom: HeadroomPolicy | None = None
-    """Replaces the placement."""
-    tbt_bins: TbtBinPolicy | None = None
     """Replaces the placement."""
     offload: OffloadPolicy | None = None
     rescue: bool = False
@@ -200,8 +188,6 @@ class PlacingRouter:
             source.add(request)
 
     def _choose(self, request: SimRequest) -> WorkerState:
-        if self._policy.tbt_bins:
-            return self._by_tbt(request, self._policy.tbt_bins)
         if self._policy.headroom:
             return self._by_headroom(request, self._policy.headroom)
         key = str(request.prefix_hashes[0]) if request.prefix_hashes else ""
@@ -213,21 +199,6 @@ class PlacingRouter:
 
     def _ttft_s(self, view: InstanceView, request: QueuedRequest, budget: BudgetPolicy) -> float:
         return self._by_id[view.worker_id].ttft_s(request)
-
-    def _by_tbt(self, request: SimRequest, policy: TbtBinPolicy) -> WorkerState:
-        tbt_s = request.slo.tbt_s
-        fill = policy.fill if tbt_s <= self._tightest_tbt_s else policy.loose_fill
-        limit_s = fill * request.slo.ttft_s
-
-        def cost(state: WorkerState) -> tuple[bool, int, float]:
-            view = state.view
-            here_s = min([view.min_tbt_s or math.inf, *(queued.slo.tbt_s for queued in view.queue)])
-            unlike = 0 if here_s in (tbt_s, math.inf) else 1 if here_s < tbt_s else 2
-            ttft_s = state.ttft_s(request)
-            full = ttft_s > limit_s
-            return (full, 0 if full else unlike, ttft_s)
-
-        return min(self._low, key=cost)
 
     def _by_headroom(self, request: SimRequest, policy: HeadroomPolicy) -> WorkerState:
         if self._rng.random() < policy.explore:

@@ -12,7 +12,6 @@ from bench.simulator.router import (
     PlacingRouter,
     RebalancePolicy,
     RouterPolicy,
-    TbtBinPolicy,
     WorkerState,
 )
 from bench.workloads import WorkloadRequest
@@ -48,7 +47,6 @@ class System:
     tickets: TicketPolicy | None = None
     headroom: HeadroomPolicy | None = None
     rebalance: RebalancePolicy | None = None
-    tbt_bins: TbtBinPolicy | None = None
     pull: PullPolicy | None = None
     deadline_priority: bool = False
 
@@ -127,9 +125,9 @@ SYSTEMS: dict[str, System] = {
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
     "ascendra-pool": System(
         summary="one pool: as unified, with TBT classes kept apart and rescue between all instances",
+        placement="tbt_bins",
         offload=_OFFLOAD,
         rescue=True,
-        tbt_bins=TbtBinPolicy(),
     ),
     "ascendra-pull": System(
         summary="late binding: instances pull from one ordered set", pull=PullPolicy(order=_EDF_MH)
@@ -214,7 +212,6 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
             budget=budget,
             order=system.order or OrderPolicy(value_function="fcfs", relegation=NONE),
             headroom=system.headroom,
-            tbt_bins=system.tbt_bins,
             offload=system.offload,
             rescue=system.rescue,
             relegate_unsafe=system.order is not None and system.order.relegation != NONE,
