@@ -24,6 +24,7 @@ from services.router.dispatcher import Dispatcher
 from services.router.instance import Instance
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
+from services.router.relay import Relays
 from services.router.role_keeper import RoleKeeper
 from services.router.servicer import InferenceServicer
 from services.router.text import TextCodec
@@ -57,6 +58,7 @@ class Router:
         )
         self.dispatcher = Dispatcher(config, self.predictions, self.decision_log, self.pool.links)
         self.rebalancer = Rebalancer(self.dispatcher)
+        self.relays = Relays(config.sinks, self.router_id)
         self._events = WorkerEvents(self.dispatcher, self.rebalancer)
         self.closing = asyncio.Event()
         self.started = asyncio.Event()
@@ -73,6 +75,7 @@ class Router:
             vocab_size=min((known.vocab_size for known in attached), default=self.codec.vocab_size),
             max_text_bytes=self.config.max_text_bytes,
             default_max_tokens=self.config.default_max_tokens,
+            sinks=self.relays.names,
         )
 
     def is_ready(self) -> bool:
@@ -104,7 +107,7 @@ class Router:
         return 0
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
-        inference = InferenceServicer(self.config, self.codec, self.dispatcher, self.limits, self.closing)
+        inference = InferenceServicer(self.config, self.codec, self.dispatcher, self.relays, self.limits, self.closing)
         cluster = ClusterServicer(self.router_id, self.pool, self.dispatcher, self.closing)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
@@ -133,6 +136,7 @@ class Router:
             tasks.create_task(self.pool.run())
             tasks.create_task(self.predictions.run())
             tasks.create_task(self.rebalancer.run())
+            tasks.create_task(self.relays.run())
             tasks.create_task(self._monitor(server))
             if self.config.elastic_roles:
                 keeper = RoleKeeper(self.config.role_policy, self.rebalancer, self.pool.links)
@@ -165,6 +169,7 @@ class Router:
                 await self.dispatcher.idle()
         except TimeoutError:
             self.dispatcher.fail_all("the router stops")
+        await self.relays.flush(_CLOSE_S)
         self.closing.set()
 
     async def _close(self, server: GrpcServer, http: HttpStatus | None, background: "asyncio.Task[None]") -> None:

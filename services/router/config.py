@@ -50,6 +50,26 @@ class Tenant:
                 raise ValueError(f"{name.replace('_', '-')} must be a finite time of at least 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SinkConfig:
+    """A downstream service that receives copies of the streams that name it."""
+
+    address: str
+    """host:port or unix:PATH."""
+    max_buffered_tokens: int = 65_536
+    """Tokens kept until it has dealt with them; beyond that the oldest are dropped, and it is told which."""
+    ack_timeout_s: float = 30.0
+    """A connection on which nothing is acknowledged for this long is replaced, in seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.address:
+            raise ValueError("address must not be empty")
+        if self.max_buffered_tokens < 2:
+            raise ValueError("max-buffered-tokens must be at least 2")
+        if not 0 < self.ack_timeout_s < math.inf:
+            raise ValueError("ack-timeout-s must be a finite time above 0")
+
+
 def default_slo_classes() -> dict[str, SloClass]:
     """Return the classes that exist without configuration."""
     return {
@@ -112,6 +132,7 @@ class RouterConfig:
     tenants: dict[str, Tenant] = option(
         {}, "what a tenant's requests may ask, by name; others are bound by classes only"
     )
+    sinks: dict[str, SinkConfig] = option({}, "services that receive copies of streams, by the name requests use")
     admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in, and of waits in seconds")
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")

@@ -117,6 +117,7 @@ class Dispatcher:
             request.sink.finished(text, finished)
         else:
             request.fail(State.FAILED)
+            request.sink.abandoned()
         self._close(request, "cancelled")
 
     def fail(self, request: LiveRequest, error: ServiceError, state: State = State.FAILED) -> None:

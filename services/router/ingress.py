@@ -11,6 +11,7 @@ from services.common.errors import InvalidArgument, ServiceError
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher
 from services.router.mailbox import Sink
+from services.router.relay import Relays
 from services.router.request import LiveRequest, RequestSpec
 from services.router.resume import cursor, read_cursor, received_tokens, replay_text
 from services.router.text import TextCodec, TextStream
@@ -45,11 +46,17 @@ class Ingress:
     """Makes requests live."""
 
     def __init__(
-        self, config: RouterConfig, codec: TextCodec, dispatcher: Dispatcher, limits: Callable[[], Limits]
+        self,
+        config: RouterConfig,
+        codec: TextCodec,
+        dispatcher: Dispatcher,
+        relays: Relays,
+        limits: Callable[[], Limits],
     ) -> None:
         self._config = config
         self._codec = codec
         self._dispatcher = dispatcher
+        self._relays = relays
         self._limits = limits
 
     async def admit(
@@ -104,6 +111,9 @@ class Ingress:
         )
         if request_id in self._dispatcher.live:  # another one may have come while this was being tokenized
             raise _in_use(request_id)
+        if message.sinks:
+            received_count = len(message.resume.token_ids) // 4
+            sink = self._relays.mirror(message.sinks, request_id, received_count, sink)
         if message.HasField("resume"):
             return self._resume(message.resume, spec, arrival_s, text, sink, limits)
         request = LiveRequest(spec, arrival_s, text, sink)

@@ -25,6 +25,9 @@ class Sink(Protocol):
     def failed(self, error: ServiceError) -> None:
         """End the stream with a status."""
 
+    def abandoned(self) -> None:
+        """Take note that the caller is gone: nothing more will come."""
+
 
 class Pending:
     """Unread part of one request's stream, merged into at most one message and an error."""
@@ -119,6 +122,9 @@ class Mailbox:
     def failed(self, error: ServiceError) -> None:
         """End the stream with a status."""
         self._open().fail(error)
+
+    def abandoned(self) -> None:
+        """Nobody reads any more."""
 
     async def take(self) -> Pending:
         """Return everything unread, waiting until there is something."""

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 TBT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -86,7 +86,37 @@ class WorkerGauges(Collector):
         return [waiting, age, trip]
 
 
+SinkRow = tuple[str, bool, int, int, int, int, int]
+"""Sink, connected, tokens sent, acknowledged and dropped, requests lost, tokens behind."""
+
+
+class SinkMetrics(Collector):
+    """Counts by sink, read when scraped: the names are those of the configuration."""
+
+    def __init__(self) -> None:
+        self.rows: Callable[[], Iterable[SinkRow]] = list
+
+    def collect(self) -> Iterable[Metric]:
+        """Return counters and gauges."""
+        prefix, labels = "ascendra_router_sink", ["sink"]
+        connected = GaugeMetricFamily(f"{prefix}_connected", "1 while copies stream to the sink.", labels=labels)
+        sent = CounterMetricFamily(f"{prefix}_sent_tokens", "Tokens sent, repetitions included.", labels=labels)
+        acknowledged = CounterMetricFamily(f"{prefix}_acknowledged_tokens", "Tokens it has dealt with.", labels=labels)
+        dropped = CounterMetricFamily(
+            f"{prefix}_dropped_tokens", "Tokens dropped: it was behind or away.", labels=labels
+        )
+        lost = CounterMetricFamily(f"{prefix}_lost_requests", "Requests whose end was dropped.", labels=labels)
+        behind = GaugeMetricFamily(f"{prefix}_behind_tokens", "Tokens and ends not acknowledged.", labels=labels)
+        families = (connected, sent, acknowledged, dropped, lost, behind)
+        for name, *values in self.rows():
+            for index, value in enumerate(values):
+                families[index].add_metric([name], value)
+        return families
+
+
 GAPS = GapHistogram()
 WORKERS = WorkerGauges()
+SINKS = SinkMetrics()
 REGISTRY.register(GAPS)
 REGISTRY.register(WORKERS)
+REGISTRY.register(SINKS)

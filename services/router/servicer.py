@@ -13,6 +13,7 @@ from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher
 from services.router.ingress import CallInfo, Ingress
 from services.router.mailbox import Mailbox
+from services.router.relay import Relays
 from services.router.session import Session
 from services.router.text import TextCodec
 from services.router.validation import Limits, check_chat, check_model, check_text
@@ -28,6 +29,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         config: RouterConfig,
         codec: TextCodec,
         dispatcher: Dispatcher,
+        relays: Relays,
         limits: Callable[[], Limits],
         closing: asyncio.Event,
     ) -> None:
@@ -41,7 +43,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._dispatcher = dispatcher
         self._limits = limits
         self._closing = closing
-        self._ingress = Ingress(config, codec, dispatcher, limits)
+        self._ingress = Ingress(config, codec, dispatcher, relays, limits)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any

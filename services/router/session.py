@@ -133,6 +133,9 @@ class HandleSink:
         self._session.outbox.open(self._handle).fail(error)
         self._session.forget(self._handle)
 
+    def abandoned(self) -> None:
+        """Nobody reads any more."""
+
 
 class Session:
     """One client's stream."""

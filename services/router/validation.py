@@ -35,6 +35,8 @@ class Limits:
     """0: not known yet."""
     max_text_bytes: int
     default_max_tokens: int
+    sinks: frozenset[str] = frozenset()
+    """Names of configured sinks."""
 
 
 def check_model(name: str, served: str) -> None:
@@ -61,8 +63,9 @@ def check_request(request: inference_pb2.GenerateRequest, limits: Limits) -> Non
         raise InvalidArgument(f"priority must be within -100 and 100, got {request.priority}")
     if request.on_overload not in inference_pb2.OverloadAction.values():
         raise InvalidArgument(f"on_overload must be a value of OverloadAction, got {request.on_overload}")
-    if request.sinks:
-        raise NotFound(f"sinks: {request.sinks[0][:MAX_NAME_CHARS]!r} is not configured", reason="UNKNOWN_SINK")
+    for name in request.sinks:
+        if name not in limits.sinks:
+            raise NotFound(f"sinks: {name[:MAX_NAME_CHARS]!r} is not configured", reason="UNKNOWN_SINK")
     _check_prompt(request, limits)
     check_sampling(request.sampling, limits.vocab_size)
     if request.tokens_only and request.sampling.stop:
