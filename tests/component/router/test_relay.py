@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from services.router.config import SinkConfig
 from tests.support.local_router import Collected, LocalRouter, local_router, text_request, until
 from tests.support.scripted_worker import ScriptedWorker
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "token_sink.py"
 EXPECTED = [66 + i % 26 for i in range(2000)]
 
 
@@ -232,3 +235,57 @@ async def test_a_connection_without_acknowledgements_is_replaced(tokenizer_direc
             await until(lambda: "r" in sink.ends)
             await until(lambda: metric("behind_tokens", "audit") == 0)
     assert sink.tokens("r") == EXPECTED[:20]
+
+
+class Stumbling(Recorder):
+    """Fails once, in the middle of a stream."""
+
+    stumbled = False
+
+    async def on_tokens(self, request_id: str, offset: int, token_ids: Sequence[int], text: str) -> None:
+        """Fail at the first item above offset 0, then go on."""
+        if offset > 0 and not self.stumbled:
+            self.stumbled = True
+            raise RuntimeError("stumbled")
+        assert not set(range(offset, offset + len(token_ids))) & set(self.token_ids[request_id]), "taken twice"
+        await super().on_tokens(request_id, offset, token_ids, text)
+
+
+async def test_what_a_sink_failed_on_comes_again(tokenizer_directory: Path) -> None:
+    """An exception of the sink costs a reconnect and nothing else; what it had taken before is not repeated to it."""
+    sink = Stumbling()
+    async with serve_sink(sink, "127.0.0.1:0") as address:
+        sinks = {"audit": SinkConfig(address=address)}
+        async with cluster(tokenizer_directory, [ScriptedWorker()], sinks) as router:
+            done = await router.collect(text_request(max_tokens=150, request_id="r", sinks=["audit"]))
+            await until(lambda: "r" in sink.ends)
+    assert sink.stumbled
+    assert sink.tokens("r") == done.token_ids == EXPECTED[:150]
+    assert sink.texts["r"] == done.text
+
+
+async def test_the_example_is_a_sink_and_its_death_harms_nobody(tokenizer_directory: Path) -> None:
+    """The example prints a request's end; killed in the middle of another, it takes nothing from the caller."""
+    environment = os.environ | {"ASCENDRA_SINK_LISTEN": "127.0.0.1:0", "PYTHONUNBUFFERED": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(EXAMPLE), stdout=asyncio.subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            address = (await process.stdout.readline()).decode().split()[-1]
+            worker = ScriptedWorker()
+            async with cluster(tokenizer_directory, [worker], {"console": SinkConfig(address=address)}) as router:
+                await router.collect(text_request(max_tokens=8, request_id="first", sinks=["console"]))
+                while b"length" not in await process.stdout.readline():
+                    pass
+                worker.step_s = 0.005
+                stream = asyncio.create_task(router.collect(text_request(max_tokens=150, sinks=["console"])))
+                await process.stdout.readline()
+                process.kill()
+                assert (await stream).token_ids == EXPECTED[:150]
+                await until(lambda: metric("connected", "console") == 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
