@@ -1,31 +1,33 @@
 """python -m bench.overhead: latency and CPU that the router adds per token, with what each process spends.
 
-Starts one emulated worker at a constant step time and one or two routers, then runs each client in turn, interleaved
-over the repetitions. Latency is the difference between the quantiles of the routed client and those of the direct one
-in the same repetition.
+Starts emulated workers at a constant step time and one or two routers, then runs each client in turn, interleaved over
+the repetitions. Latency is the difference between the quantiles of the routed client and those of the direct one in
+the same repetition. With one worker all streams' tokens come at the same instant, the worst burst there is; with
+several they come in as many bursts.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import uvloop
 
+from ascendra import AsyncClient
 from bench.overhead.clients import CLIENTS, Arrivals
 from bench.overhead.cluster import Cluster, running_cluster
-from bench.overhead.latency import token_latencies_s, window
+from bench.overhead.latency import Floats, token_latencies_s, window
 
 SETTLE_S = 2.0
 
@@ -36,6 +38,7 @@ class Cell:
 
     client: str
     streams: int
+    workers: int
     routers: int
     repetition: int
     tokens_per_s: float
@@ -53,18 +56,10 @@ class Cell:
 async def measure(cluster: Cluster, client: str, streams: int, seconds: float, repetition: int, text: bool) -> Cell:
     """Run one cell: start the streams, let them settle, watch them for `seconds`, stop them."""
     tokens = int((seconds + SETTLE_S + 60) * cluster.steps_per_s)
-    arrivals = Arrivals()
-    with tempfile.TemporaryDirectory() as folder:
-        beats = Path(folder) / "beats"
-        metronome = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bench.overhead.metronome", cluster.worker_address, str(beats)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert metronome.stdout is not None
-        assert metronome.stdin is not None
-        await asyncio.wait_for(metronome.stdout.readline(), 30)
-        addresses = [cluster.worker_address] if client == "direct" else cluster.router_addresses
+    arrivals = Arrivals(run=f"{client}-{streams}-{repetition}")
+    addresses = cluster.worker_addresses if client == "direct" else cluster.router_addresses
+    async with AsyncExitStack() as stack:
+        metronomes = [await stack.enter_async_context(metronome(address)) for address in cluster.worker_addresses]
         load = asyncio.create_task(CLIENTS[client](addresses, streams, tokens, not text, arrivals))
         try:
             await wait_until_started(load, arrivals, streams)
@@ -75,10 +70,48 @@ async def measure(cluster: Cluster, client: str, streams: int, seconds: float, r
         finally:
             load.cancel()
             await asyncio.gather(load, return_exceptions=True)
-            metronome.stdin.close()
-            await asyncio.wait_for(metronome.wait(), 30)
-        steps = np.frombuffer(beats.read_bytes())
-    return summarise(cluster, client, streams, repetition, arrivals, steps, (before, after), (from_s, until_s))
+    steps = [np.frombuffer(beats) for beats in metronomes]
+    homes = [stream % len(addresses) for stream in range(streams)]
+    if client != "direct":
+        homes = await homes_of(addresses, arrivals, streams)
+    return summarise(cluster, client, streams, repetition, arrivals, (steps, homes), (before, after), (from_s, until_s))
+
+
+@contextlib.asynccontextmanager
+async def metronome(address: str) -> AsyncIterator[bytearray]:
+    """Run a metronome on a worker; what is yielded holds its beats afterwards."""
+    beats = bytearray()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "beats"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "bench.overhead.metronome", address, str(out)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        await asyncio.wait_for(process.stdout.readline(), 30)
+        try:
+            yield beats
+        finally:
+            process.stdin.close()
+            await asyncio.wait_for(process.wait(), 30)
+            beats += out.read_bytes()
+
+
+async def homes_of(addresses: Sequence[str], arrivals: Arrivals, streams: int) -> list[int]:
+    """Return the index of each stream's worker, as the router explains it."""
+    clients = [AsyncClient(address) for address in addresses]
+    try:
+        homes = []
+        for stream in range(streams):
+            explained = await clients[stream % len(clients)].explain(arrivals.request_id(stream))
+            worker_id = [decision.to_worker_id for decision in explained.decisions if decision.to_worker_id][-1]
+            homes.append(int(worker_id.removeprefix("w")))
+        return homes
+    finally:
+        for client in clients:
+            await client.close()
 
 
 async def wait_until_started(load: "asyncio.Task[None]", arrivals: Arrivals, streams: int) -> None:
@@ -97,22 +130,27 @@ def summarise(
     streams: int,
     repetition: int,
     arrivals: Arrivals,
-    steps: Any,
+    beats: tuple[Sequence[Floats], Sequence[int]],
     cpu: tuple[dict[str, float], dict[str, float]],
     span: tuple[float, float],
 ) -> Cell:
     """Turn arrivals and CPU readings into a cell."""
     seen = [window(np.frombuffer(times), *span) for times in arrivals.times]
-    latencies = np.concatenate([token_latencies_s(times, steps) for times in seen if len(times)])
+    steps, homes = beats
+    latencies = np.concatenate(
+        [token_latencies_s(times, steps[home]) for times, home in zip(seen, homes, strict=True) if len(times)]
+    )
+    due = sum(len(window(steps[home], *span)) for home in homes)
     tokens = sum(map(len, seen))
     spent = {name: cpu[1][name] - cpu[0][name] for name in cpu[1]}
     return Cell(
         client=client,
         streams=streams,
+        workers=len(cluster.worker_addresses),
         routers=len(cluster.router_addresses),
         repetition=repetition,
         tokens_per_s=tokens / (span[1] - span[0]),
-        delivered_share=tokens / max(len(window(steps, *span)) * streams, 1),
+        delivered_share=tokens / max(due, 1),
         latency_p50_ms=float(np.percentile(latencies, 50)) * 1e3,
         latency_p99_ms=float(np.percentile(latencies, 99)) * 1e3,
         router_us_per_token=spent["router"] / tokens * 1e6,
@@ -159,7 +197,9 @@ async def run(arguments: argparse.Namespace) -> list[Cell]:
     cells = []
     for routers in arguments.routers:
         async with AsyncExitStack() as stack:
-            cluster = await stack.enter_async_context(running_cluster(arguments.model, routers, arguments.step_ms))
+            cluster = await stack.enter_async_context(
+                running_cluster(arguments.model, arguments.workers, routers, arguments.step_ms)
+            )
             for repetition in range(arguments.repetitions):
                 for streams in arguments.streams:
                     for client in arguments.clients:
@@ -174,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model directory, for its tokenizer (see demo/)")
     parser.add_argument("--streams", type=int, nargs="+", default=[32, 128, 500], help="concurrent streams")
+    parser.add_argument("--workers", type=int, default=8, help="emulated workers; their steps are not in phase")
     parser.add_argument("--routers", type=int, nargs="+", default=[1, 2], help="router processes")
     parser.add_argument("--clients", nargs="+", default=list(CLIENTS), choices=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=10.0, help="watched time of a cell, in seconds")

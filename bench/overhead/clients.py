@@ -21,9 +21,15 @@ FIRST_TOKEN_ID = 10
 class Arrivals:
     """When each token of each stream reached the client."""
 
+    run: str = "run"
+    """Distinguishes this run's request ids."""
     times: list["array.array[float]"] = field(default_factory=list)
     """One array a stream: entry k is the monotonic arrival of token k, in seconds."""
     errors: list[str] = field(default_factory=list)
+
+    def request_id(self, stream: int) -> str:
+        """Return the id of a stream's request."""
+        return f"{self.run}-{stream}"
 
     def started(self) -> int:
         """Return how many streams have their first token."""
@@ -64,30 +70,42 @@ async def attach_messages(
 
 
 async def direct(addresses: Sequence[str], streams: int, tokens: int, tokens_only: bool, arrivals: Arrivals) -> None:
-    """Be the router: one Attach stream carries all requests."""
+    """Be the router: one Attach stream a worker carries all requests."""
     arrivals.times = [array.array("d") for _ in range(streams)]
-    async with open_channel(addresses[0]) as channel:
-        submits = [submit(stream + 1, prompt_of(stream), tokens) for stream in range(streams)]
-        call = worker_pb2_grpc.WorkerServiceStub(channel).Attach(attach_messages("bench-direct", submits))
-        try:
-            async for message in call:
-                now_s = time.monotonic()
-                kind = message.WhichOneof("message")
-                if kind == "failed":
-                    arrivals.errors.append(message.failed.message)
-                elif kind == "step":
-                    step = message.step
-                    for handle, count in zip(step.handles, step.token_counts, strict=True):
-                        times = arrivals.times[handle - 1]
-                        for _ in range(count):
-                            times.append(now_s)
-        finally:
-            call.cancel()
+
+    async def one(index: int, address: str) -> None:
+        mine = range(index, streams, len(addresses))
+        submits = [submit(stream + 1, prompt_of(stream), tokens) for stream in mine]
+        async with open_channel(address) as channel:
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Attach(attach_messages("bench-direct", submits))
+            try:
+                async for message in call:
+                    note_step(message, arrivals)
+            finally:
+                call.cancel()
+
+    async with asyncio.TaskGroup() as group:
+        for index, address in enumerate(addresses):
+            group.create_task(one(index, address))
 
 
-def generate_request(stream: int, tokens: int, tokens_only: bool) -> inference_pb2.GenerateRequest:
+def note_step(message: worker_pb2.AttachResponse, arrivals: Arrivals) -> None:
+    """Note the tokens of one message of a worker."""
+    now_s = time.monotonic()
+    kind = message.WhichOneof("message")
+    if kind == "failed":
+        arrivals.errors.append(message.failed.message)
+    elif kind == "step":
+        for handle, count in zip(message.step.handles, message.step.token_counts, strict=True):
+            times = arrivals.times[handle - 1]
+            for _ in range(count):
+                times.append(now_s)
+
+
+def generate_request(request_id: str, stream: int, tokens: int, tokens_only: bool) -> inference_pb2.GenerateRequest:
     """Return the request of one stream."""
     return inference_pb2.GenerateRequest(
+        request_id=request_id,
         tokens=inference_pb2.TokenPrompt(token_ids=array.array("I", prompt_of(stream)).tobytes()),
         sampling=sampling_of(tokens),
         slo=common_pb2.Slo(ttft_ms=60_000, tbt_ms=1_000),
@@ -103,7 +121,9 @@ async def generate(addresses: Sequence[str], streams: int, tokens: int, tokens_o
 
     async def one(stream: int) -> None:
         times = arrivals.times[stream]
-        call = stubs[stream % len(stubs)].Generate(generate_request(stream, tokens, tokens_only))
+        call = stubs[stream % len(stubs)].Generate(
+            generate_request(arrivals.request_id(stream), stream, tokens, tokens_only)
+        )
         try:
             async for message in call:
                 now_s = time.monotonic()
@@ -131,9 +151,8 @@ async def session(addresses: Sequence[str], streams: int, tokens: int, tokens_on
     async def one(index: int, address: str) -> None:
         async def messages() -> AsyncIterator[inference_pb2.SessionRequest]:
             for stream in range(index, streams, len(addresses)):
-                start = inference_pb2.SessionStart(
-                    handle=stream + 1, request=generate_request(stream, tokens, tokens_only)
-                )
+                request = generate_request(arrivals.request_id(stream), stream, tokens, tokens_only)
+                start = inference_pb2.SessionStart(handle=stream + 1, request=request)
                 yield inference_pb2.SessionRequest(start=start)
             await asyncio.Event().wait()
 

@@ -1,4 +1,4 @@
-"""The processes that are measured: one emulated worker, one or two routers."""
+"""The processes that are measured: emulated workers, one or two routers."""
 
 import contextlib
 import json
@@ -16,7 +16,8 @@ from services.policy.step_time import StepTimeBin, StepTimeModel
 class Cluster:
     """Running processes and where they listen."""
 
-    worker_address: str
+    worker_addresses: list[str]
+    """Worker `w0` first."""
     router_addresses: list[str]
     worker_pids: list[int]
     router_pids: list[int]
@@ -38,12 +39,14 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(model: Path, routers: int, step_ms: float) -> AsyncIterator[Cluster]:
-    """Start a worker whose every step takes step_ms, and routers in front of it; stop them at the end."""
+async def running_cluster(model: Path, workers: int, routers: int, step_ms: float) -> AsyncIterator[Cluster]:
+    """Start workers whose every step takes step_ms, and routers in front of them; stop them at the end."""
     async with Processes() as processes:
         profile = processes.folder / "profile.json"
         profile.write_text(json.dumps(constant_profile(step_ms).to_dict()))
-        addresses, worker_pids = await processes.start_workers([worker_config(model, profile)])
+        addresses, worker_pids = await processes.start_workers(
+            [worker_config(f"w{index}", model, profile) for index in range(workers)]
+        )
         started = [
             await processes.start_service(
                 "services.router",
@@ -57,7 +60,7 @@ async def running_cluster(model: Path, routers: int, step_ms: float) -> AsyncIte
             for _ in range(routers)
         ]
         yield Cluster(
-            worker_address=addresses[0],
+            worker_addresses=addresses,
             router_addresses=[address for address, _ in started],
             worker_pids=worker_pids,
             router_pids=[pid for _, pid in started],
@@ -70,11 +73,11 @@ def constant_profile(step_ms: float) -> StepTimeModel:
     return StepTimeModel((StepTimeBin(0, step_ms / 1e3),), safety_factor=1.0, log_sigma=0.0, source="profile:constant")
 
 
-def worker_config(model: Path, profile: Path) -> dict[str, object]:
+def worker_config(worker_id: str, model: Path, profile: Path) -> dict[str, object]:
     """An emulated worker with room for every stream."""
     return {
         "listen": "127.0.0.1:0",
-        "worker-id": "bench",
+        "worker-id": worker_id,
         "role": "unified",
         "engine": "emulated",
         "model": str(model),
