@@ -189,7 +189,8 @@ def main() -> None:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
-        settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+        settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "trace")}
+        settings["trace"] = arguments.trace.name
         arguments.out.write_text(json.dumps({"commit": commit, "settings": settings, "results": results}, indent=1))
 
 

@@ -214,7 +214,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model directory, for its tokenizer (see demo/)")
     parser.add_argument("--streams", type=int, nargs="+", default=[32, 128, 500], help="concurrent streams")
-    parser.add_argument("--workers", type=int, default=8, help="emulated workers; their steps are not in phase")
+    parser.add_argument("--workers", type=int, default=8, help="emulated workers")
     parser.add_argument("--routers", type=int, nargs="+", default=[1, 2], help="router processes")
     parser.add_argument("--clients", nargs="+", default=list(CLIENTS), choices=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=10.0, help="watched time of a cell, in seconds")
