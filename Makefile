@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check lint types fmt protos clean
+.PHONY: help setup demo up test check lint types fmt protos bench report clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,13 +25,19 @@ demo: setup ## Start a cluster on this machine, send it a mixed load, print an S
 up: setup ## Start a cluster on this machine and leave it running until Ctrl-C
 	$(BIN)/ascendra up
 
+# One process a part: gRPC allows one event loop a process for long, and each test has its own.
+PARTS := unit component/worker component/simulator component/predictor component/router component/sdk \
+  component/gateway cluster
+# Children are always new programs, never forks that go on using gRPC; its fork handlers have crashed long test runs.
+TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
+
 test: setup ## Everything: lint, types, unit, component and cluster tests with real vLLM on CPU
 	$(MAKE) lint types
-	$(PY) -m pytest
+	set -e; for part in $(PARTS); do echo "tests/$$part"; $(TEST) tests/$$part; done
 
 check: setup ## Lint, types and fast tests, under a minute
 	$(MAKE) lint types
-	$(PY) -m pytest -q -m "not engine and not cluster"
+	$(TEST) -m "not engine and not cluster"
 
 lint: setup
 	ruff check .
@@ -50,6 +56,14 @@ fmt: setup ## Format the code
 protos: setup ## Generate the gRPC code (committed; a test fails when it and protos/ differ)
 	buf lint protos
 	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/ascendra/v1/*.proto
+
+bench: setup ## What the router adds per token (about ten minutes; wants a quiet machine)
+	$(PY) -m demo.build_model --out .cache/demo-model
+	$(PY) -m bench.overhead --model .cache/demo-model --workers 1 --out bench/results/overhead-one-engine.json
+	$(PY) -m bench.overhead --model .cache/demo-model --workers 8 --routers 1 --out bench/results/overhead-eight-engines.json
+
+report: setup ## Write docs/report.md from bench/results
+	$(PY) -m bench.report
 
 clean: ## Remove the environment, caches and run files
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis run

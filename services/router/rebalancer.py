@@ -7,9 +7,9 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ascendra.v1 import worker_pb2
+from ascendra.v1 import cluster_pb2, worker_pb2
 from services.common.errors import ResourceExhausted
 from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s, waited_too_long
@@ -26,8 +26,6 @@ from services.router.worker_link import WorkerLink
 
 log = get_logger()
 
-_Leaving = tuple[Placed, str, str, WorkerLink | None, tuple[float, float] | None, float]
-"""Request, kind, rule, target, predicted (TTFT, queue ahead) there, retry delay of a refusal; times in seconds."""
 _SHORTEST_ROUND_S = 0.004
 _ROUND_SHARE = 0.1
 """Most of the time that rounds may take."""
@@ -41,11 +39,16 @@ class Transfer:
     kind: str
     """"offload", "rescue", "ticket", "refuse" or "move"."""
     rule: str
-    target: WorkerLink | None
+    target: WorkerLink | None = None
     """None: placed anew (a drain), or refused."""
-    predicted: tuple[float, float] | None
-    expires_s: float
+    predicted: tuple[float, float] | None = None
+    """(Seconds to the first token, seconds of queue ahead) at the target."""
+    candidates: list[cluster_pb2.Candidate] = field(default_factory=list)
+    """Where it waited first, then where it could have gone."""
     retry_after_s: float = 0.0
+    """Of a refusal."""
+    expires_s: float = 0.0
+    """When the withdrawal is given up."""
 
 
 @dataclass(slots=True)
@@ -154,8 +157,7 @@ class Rebalancer:
     def drain_waiting(self, link: WorkerLink) -> None:
         """Take back everything that a draining worker has not started."""
         leaving = [p for p in link.instance.queue if not p.queued.started and not p.withdrawing]
-        rule = "its worker drains"
-        self._withdraw(link, [(placed, "move", rule, None, None, 0.0) for placed in leaving])
+        self._withdraw(link, [Transfer(placed, "move", "its worker drains") for placed in leaving])
 
     def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
         """Carry out the moves whose requests were handed back; give up the others."""
@@ -180,7 +182,7 @@ class Rebalancer:
 
     def _leave_at_risk(self, queue: _Queue, targets: _Targets, now_s: float) -> None:
         """Send those at risk to whoever still makes it; refuse those whom nobody saves if they asked for that."""
-        leaving: list[_Leaving] = []
+        leaving: list[Transfer] = []
         policy = self._config.offload_policy
         step_s = queue.link.instance.step_s or queue.pace.step_s
         hop_s = queue.link.instance.view.hop_s
@@ -195,16 +197,36 @@ class Rebalancer:
             if decision.action is OffloadAction.OFFLOAD and decision.target is not None:
                 target = targets.links[decision.target]
                 kind = "offload" if target.instance.view.role is Role.HIGH else "rescue"
+                shown = self._shown(placed, queue.link.worker_id, estimate, candidates, now_s)
                 predicted = targets.take(queued, target)
-                leaving.append((placed, kind, decision.reason, target, (predicted.mean_s, predicted.wait_s), 0.0))
+                numbers = (predicted.mean_s, predicted.wait_s)
+                leaving.append(Transfer(placed, kind, decision.reason, target, numbers, shown))
             elif decision.action is OffloadAction.RELEGATE:
                 placed.decided_s = now_s
                 self.unsaved += 1
                 if placed.request.spec.refuse_hopeless:
                     best_s = min([estimate.mean_s, *(c.estimate.mean_s for c in candidates)])
                     delay_s = retry_delay_s(best_s, queued.slo)
-                    leaving.append((placed, "refuse", decision.reason, None, None, delay_s))
+                    leaving.append(Transfer(placed, "refuse", decision.reason, retry_after_s=delay_s))
         self._withdraw(queue.link, leaving)
+
+    def _shown(
+        self, placed: Placed, home: str, estimate: TtftEstimate, candidates: Sequence[OffloadCandidate], now_s: float
+    ) -> list[cluster_pb2.Candidate]:
+        """Return what a decision was made from, for Explain."""
+        age_s = now_s - placed.request.arrival_s
+        left_s = placed.request.spec.slo.ttft_s - age_s
+        return [
+            cluster_pb2.Candidate(
+                worker_id=c.worker_id,
+                predicted_ttft_s=age_s + c.estimate.mean_s,
+                miss_ttft=self._dispatcher.predictions.miss_probability(
+                    c.worker_id, c.estimate.wait_s, c.estimate.mean_s, left_s
+                ),
+                excluded="it waits here and would miss" if c.worker_id == home else "",
+            )
+            for c in (OffloadCandidate(home, estimate), *candidates)
+        ]
 
     def _refuse_late(self, link: WorkerLink, targets: _Targets, now_s: float) -> None:
         """Refuse what waited beyond the bound and asked to be refused in overload."""
@@ -214,12 +236,12 @@ class Rebalancer:
             for placed in link.instance.queue
             if placed.request.spec.refuse_hopeless and not placed.withdrawing and not placed.request.has_tokens
         }
-        leaving: list[_Leaving] = []
+        leaving: list[Transfer] = []
         for request_id in waited_too_long((placed.queued for placed in open_.values()), now_s, policy):
             placed = open_[request_id]
             reason = f"it waited {now_s - placed.request.arrival_s:.1f} s, over the limit of {policy.max_wait_s:g} s"
             delay_s = retry_delay_s(targets.best_s(placed.queued), placed.queued.slo)
-            leaving.append((placed, "refuse", reason, None, None, delay_s))
+            leaving.append(Transfer(placed, "refuse", reason, retry_after_s=delay_s))
         self._withdraw(link, leaving)
 
     def _tickets(self, queues: Sequence[_Queue], high: Sequence[WorkerLink], now_s: float) -> None:
@@ -250,11 +272,8 @@ class Rebalancer:
             if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
                 continue
             predicted = self._newcomer_ahead(target, now_s).estimate(chosen)
-            transfer = (
-                queue.placed[chosen.request_id], "ticket", "an HP worker has room", target,
-                (predicted.mean_s, predicted.wait_s), 0.0,
-            )  # fmt: skip
-            self._withdraw(queue.link, [transfer])
+            placed, numbers = queue.placed[chosen.request_id], (predicted.mean_s, predicted.wait_s)
+            self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
 
     def _newcomer_ahead(self, link: WorkerLink, now_s: float) -> Ahead:
         return newcomer_ahead(self._dispatcher.view(link, now_s), link.instance.budget)
@@ -266,24 +285,18 @@ class Rebalancer:
             return queued.started
         return not placed.withdrawing and not placed.request.has_tokens
 
-    def _withdraw(
-        self,
-        link: WorkerLink,
-        leaving: Sequence[_Leaving],
-    ) -> None:
+    def _withdraw(self, link: WorkerLink, leaving: list[Transfer]) -> None:
         if not leaving:
             return
-        now_s = time.monotonic()
-        withdraw_id = link.withdraw([placed for placed, *_ in leaving])
-        transfers = []
-        for placed, kind, rule, target, predicted, retry_after_s in leaving:
-            placed.withdrawing = True
-            expires_s = now_s + self._config.withdraw_timeout_s
-            transfers.append(Transfer(placed, kind, rule, target, predicted, expires_s, retry_after_s))
-            if target is not None:
-                queued = placed.request.queued(urgent=kind == "offload", ticketed=kind == "ticket")
-                target.instance.expect(queued)
-        self._transfers[link.address, withdraw_id] = transfers
+        expires_s = time.monotonic() + self._config.withdraw_timeout_s
+        withdraw_id = link.withdraw([transfer.placed for transfer in leaving])
+        for transfer in leaving:
+            transfer.placed.withdrawing = True
+            transfer.expires_s = expires_s
+            if transfer.target is not None:
+                urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"
+                transfer.target.instance.expect(transfer.placed.request.queued(urgent=urgent, ticketed=ticketed))
+        self._transfers[link.address, withdraw_id] = leaving
 
     def _settle(self, link: WorkerLink, transfer: Transfer, *, handed_back: bool) -> None:
         placed, request = transfer.placed, transfer.placed.request
@@ -313,7 +326,7 @@ class Rebalancer:
                 placed.queued.prompt_tokens
             )
         at_s = placed.decided_s - request.arrival_s
-        record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id)
+        record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id, candidates=transfer.candidates)
         urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"
         self._dispatcher.submit(request, target, record, urgent=urgent, ticketed=ticketed, predicted=transfer.predicted)
 

@@ -69,6 +69,8 @@ async def test_requests_at_risk_are_offloaded_once(site: Site, tokenizer: Tokeni
         assert offload.rule
         assert (offload.from_worker_id, offload.to_worker_id) == (receipt.attempts[0].worker_id, "hp")
         assert offload.predicted_ttft_s > 0
+        assert offload.candidates[0].worker_id == offload.from_worker_id
+        assert "hp" in {c.worker_id for c in offload.candidates}
         place = decisions["place"]
         assert place.rule
         assert {candidate.worker_id for candidate in place.candidates} == set(WORKERS)
