@@ -21,7 +21,7 @@ async def test_requests_carry_the_deadline_and_the_metadata() -> None:
     async with scripted.serve(counting(1)) as router, AsyncClient(router.address, metadata=metadata) as client:
         await client.generate("x", timeout_s=20)
     assert router.metadata[0]["authorization"] == "Bearer k"
-    assert 0 < router.time_remaining_s[0] <= 20
+    assert 0 < router.time_remaining_s[0] <= 20.1  # gRPC rounds what it sends up
 
 
 async def test_requests_go_to_the_routers_in_turn() -> None:
