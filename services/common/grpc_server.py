@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -103,18 +103,23 @@ def _bind(method: str, request_id: str) -> None:
         structlog.contextvars.bind_contextvars(request_id=request_id)
 
 
+async def _end(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+    """End a call whose handler raised: its own abort stands, ours keep their status, anything else leaks nothing."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, errors.ServiceError):
+        log.error("unhandled_error", exc_info=error)
+        error = errors.ServiceError("internal error")
+    await errors.abort(context, error)
+
+
 def _guard_unary(inner: Callable[..., Awaitable[Any]], method: str, request_id: str) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         _bind(method, request_id)
         try:
             return await inner(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except errors.ServiceError as error:
-            await errors.abort(context, error)
-        except Exception:
-            log.exception("unhandled_error")
-            await errors.abort(context, errors.ServiceError("internal error"))
+        except Exception as error:
+            await _end(context, error)
 
     return call
 
@@ -132,12 +137,7 @@ def _guard_stream(
             async with contextlib.aclosing(responses) as items:
                 async for item in items:
                     yield item
-        except grpc.aio.AbortError:
-            raise
-        except errors.ServiceError as error:
-            await errors.abort(context, error)
-        except Exception:
-            log.exception("unhandled_error")
-            await errors.abort(context, errors.ServiceError("internal error"))
+        except Exception as error:
+            await _end(context, error)
 
     return call
