@@ -71,8 +71,10 @@ async def test_requests_start_in_the_order_of_their_deadlines(fleet: WorkerFleet
             await blocker.first_token.wait()
         waiting = [client.submit(prompt(50), max_tokens=12, ttft_ms=100_000 - 1000 * index) for index in range(6)]
         await finish(*blockers, *waiting)
-        order = sorted(range(6), key=lambda index: waiting[index].times_s[0])
-        assert order == [5, 4, 3, 2, 1, 0]
+        starts_s = [stream.times_s[0] for stream in reversed(waiting)]
+        assert starts_s == sorted(starts_s)
+        # The worker runs two at a time: two may start in one step, never three.
+        assert all(third_s > first_s for first_s, third_s in zip(starts_s, starts_s[2:], strict=False))
 
 
 async def test_the_stock_policy_keeps_arrival_order(fleet: WorkerFleet) -> None:
