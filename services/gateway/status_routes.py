@@ -1,6 +1,5 @@
 """/health, /live, /version, /metrics, and the console."""
 
-from importlib import metadata
 from pathlib import Path
 
 from prometheus_client import REGISTRY, generate_latest
@@ -9,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from ascendra import __version__
 from services.gateway import metrics
 from services.gateway.cluster_view import Snapshot, as_plain
 from services.gateway.gateway import Gateway
@@ -19,7 +19,6 @@ CONSOLE = Path(__file__).with_name("console.html")
 
 def status_routes(gateway: Gateway) -> list[Route]:
     """Return the routes."""
-    version = metadata.version("ascendra")
 
     async def health(_: Request) -> Response:
         if gateway.draining:
@@ -33,7 +32,7 @@ def status_routes(gateway: Gateway) -> list[Route]:
         return PlainTextResponse("ok\n")
 
     async def show_version(_: Request) -> Response:
-        return as_json({"version": version})
+        return as_json({"version": __version__})
 
     async def show_metrics(_: Request) -> Response:
         _set_cluster_metrics(await gateway.view.snapshot())

@@ -1,11 +1,11 @@
 """`ClusterService`: status, roles, drains, registrations, explanations."""
 
 import asyncio
-import importlib.metadata
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ascendra import __version__
 from ascendra.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, worker_pb2
 from services.common.errors import InvalidArgument, NotFound, Unavailable
 from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
@@ -35,7 +35,6 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._dispatcher = dispatcher
         self._closing = closing
         self._began_s = time.monotonic()
-        self._version = importlib.metadata.version("ascendra")
 
     async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Any) -> cluster_pb2.GetStatusResponse:
         """Return the cluster as this router sees it."""
@@ -111,7 +110,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         predictions = dispatcher.predictions
         return cluster_pb2.GetStatusResponse(
             router_id=self._router_id,
-            version=self._version,
+            version=__version__,
             workers=workers,
             attainment=dispatcher.attainment.status(now_s),
             window_s=WINDOW_S,

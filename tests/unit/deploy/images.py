@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
+from services.gateway.config import GatewayConfig
 from services.predictor.config import PredictorConfig
 from services.router.config import RouterConfig
 from services.worker.config import WorkerConfig
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parents[3]
 DOCKERFILES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 CONFIG_FOLDER = "/etc/ascendra/"
 CONFIG_TYPES: dict[str, type[Any]] = {
+    "services.gateway": GatewayConfig,
     "services.predictor": PredictorConfig,
     "services.router": RouterConfig,
     "services.worker": WorkerConfig,
@@ -63,7 +66,7 @@ class Image:
         """The port that the health check asks."""
         probe = json.loads(self.final("HEALTHCHECK")[-1].partition("CMD ")[2])
         assert probe[:3] == ["python", "-m", "services.common.health_probe"]
-        return port_of(probe[3])
+        return urlsplit(probe[3]).port or port_of(probe[3])
 
 
 def read_image(path: Path) -> Image:

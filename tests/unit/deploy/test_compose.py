@@ -41,8 +41,8 @@ def effective_config(service: dict[str, Any]) -> Any:
 
 @both
 def test_cluster_has_its_parts(files: tuple[str, ...]) -> None:
-    """A predictor, a router, a worker of each role and the one-shot builder of the model are there."""
-    assert set(read_compose(*files)["services"]) == {"model", "predictor", "router", *WORKERS}
+    """A predictor, a router, a gateway, a worker of each role and the one-shot builder of the model are there."""
+    assert set(read_compose(*files)["services"]) == {"model", "predictor", "router", "gateway", *WORKERS}
 
 
 @both
@@ -82,6 +82,7 @@ def test_addresses_lead_to_listeners(files: tuple[str, ...]) -> None:
     for _, service, _ in started_services({"services": services}):
         config = effective_config(service)
         peers = [*getattr(config, "workers", ()), *filter(None, [getattr(config, "predictor", "")])]
+        peers += getattr(config, "routers", ())
         for peer in peers:
             assert port_of(effective_config(services[peer.partition(":")[0]]).listen) == port_of(peer)
     assert {peer.partition(":")[0] for peer in effective_config(services["router"]).workers} == set(WORKERS)
@@ -94,7 +95,7 @@ def test_health_checks_and_published_ports_ask_the_right_port(files: tuple[str, 
     for _, service, image in started_services({"services": services}):
         config = effective_config(service)
         assert config.listen == f"0.0.0.0:{image.probed_port}"
-        assert not config.metrics_listen.startswith("127.")
+        assert not getattr(config, "metrics_listen", config.listen).startswith("127.")
         for published in service.get("ports", ()):
             host, _, inside = published.rpartition(":")
             assert host.startswith("127.0.0.1:")
@@ -116,7 +117,7 @@ def test_start_order_is_possible(files: tuple[str, ...]) -> None:
                 assert image_of(services[dependency]).final("HEALTHCHECK")
     order = list(TopologicalSorter(graph).static_order())
     assert order.index("model") < order.index("worker-lp") < order.index("router")
-    assert order.index("predictor") < order.index("worker-hp") < order.index("router")
+    assert order.index("predictor") < order.index("worker-hp") < order.index("router") < order.index("gateway")
 
 
 @both
