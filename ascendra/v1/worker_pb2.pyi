@@ -60,7 +60,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining")
+    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining", "continuation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class Welcome(_message.Message):
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     protocol_version: int
     role: _common_pb2.Role
@@ -93,7 +94,18 @@ class Welcome(_message.Message):
     heartbeat_ms: int
     policy: SchedulingPolicy
     draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    continuation: Continuation
+    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ...) -> None: ...
+
+class Continuation(_message.Message):
+    __slots__ = ("keyed_noise", "carried_penalties", "dtype")
+    KEYED_NOISE_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_PENALTIES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    keyed_noise: bool
+    carried_penalties: bool
+    dtype: str
+    def __init__(self, keyed_noise: bool = ..., carried_penalties: bool = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class SchedulingPolicy(_message.Message):
     __slots__ = ("value_function", "token_budget", "relegation")

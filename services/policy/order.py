@@ -63,16 +63,21 @@ def order_waiting(
 ) -> WaitingOrder:
     """Order an instance's requests whose prefill is not complete; changes none of them.
 
-    First started ones, unless the policy lets them wait; then at most one overdue relegated request while `credit_s`
+    First streams that began elsewhere, by the deadline of their next token: they are never given up. Then started
+    ones, unless the policy lets them wait; then at most one overdue relegated request while `credit_s`
     (of RelegatedTurns) is positive; then those that can make it, by class (on HP: urgent, ticketed, rest) and value
     function; then the relegated, those that could still make it first. O(n log n), 2 to 3 us a request.
     """
     value = value_function(policy.value_function)
+    continued: list[QueuedRequest] = []
     started: list[Entry] = []
     classes: tuple[list[Entry], list[Entry], list[Entry]] = ([], [], [])
     relegated: list[QueuedRequest] = []
     split = role is Role.HIGH
     for request in requests:
+        if request.continued:
+            continued.append(request)
+            continue
         first = request.started and not policy.pause_started
         if request.relegated and not first:
             relegated.append(request)
@@ -81,9 +86,10 @@ def order_waiting(
         key_s = value(request, pace.finish_s(work_s), now_s)
         entry = (key_s, request.priority, request.arrival_s, request.request_id, work_s, request)
         (started if first else classes[_class_of(request) if split else 2]).append(entry)
+    continued.sort(key=_continued_key)
     started.sort()
-    result = WaitingOrder([entry[-1] for entry in started])
-    work_s = math.fsum(entry[-2] for entry in started)
+    result = WaitingOrder([*continued, *(entry[-1] for entry in started)])
+    work_s = math.fsum(entry[-2] for entry in started) + math.fsum(map(pace.remaining_work_s, continued))
 
     relegated.sort(key=_relegated_key)
     if relegated and credit_s > 0 and now_s - relegated[0].arrival_s >= policy.relegated_after_s:
@@ -154,6 +160,10 @@ def _hopeful_first(
         else:
             hopeless.append(request)
     return hopeful + hopeless
+
+
+def _continued_key(request: QueuedRequest) -> tuple[float, int, str]:
+    return request.deadline_s, request.priority, request.request_id
 
 
 def _class_of(request: QueuedRequest) -> int:

@@ -46,10 +46,19 @@ class QueuedRequest:
     """Its first chunk has been scheduled; it can no longer be withdrawn."""
     hops: int = 0
     """Offloads so far."""
+    last_token_s: float = 0.0
+    """When its last token was delivered, if it continues a stream that began elsewhere; 0: it has none yet."""
+
+    @property
+    def continued(self) -> bool:
+        """Its stream began elsewhere: its reader waits in the midst of it."""
+        return self.last_token_s > 0
 
     @property
     def deadline_s(self) -> float:
-        """Latest time of its first token."""
+        """Latest time of its next token: the first, or the one after the last."""
+        if self.continued:
+            return self.last_token_s + self.slo.tbt_s
         return self.arrival_s + self.slo.ttft_s
 
     @property

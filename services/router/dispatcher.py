@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ascendra.v1 import cluster_pb2, common_pb2
+from ascendra.v1 import cluster_pb2, common_pb2, worker_pb2
 from services.common.errors import (
     DeadlineExceeded,
     ResourceExhausted,
@@ -26,6 +26,7 @@ from services.policy.token_budget import BudgetPolicy
 from services.router import metrics
 from services.router.attainment import Attainment
 from services.router.config import RouterConfig
+from services.router.contract import move_contract
 from services.router.decision_log import DecisionLog
 from services.router.estimates import in_order, newcomer_ahead
 from services.router.instance import Placed
@@ -147,6 +148,10 @@ class Dispatcher:
         """Return the present attempt of a request; None while it has none."""
         return self._where.get(request.spec.request_id)
 
+    def usable(self) -> list[worker_pb2.Welcome]:
+        """Return what the attached workers said of themselves."""
+        return [link.known for link in self.links() if link.attached]
+
     # Placement.
 
     def view(self, link: WorkerLink, now_s: float) -> InstanceView:
@@ -211,6 +216,8 @@ class Dispatcher:
             predicted: remaining seconds to the first token there and seconds of queue ahead; None computes them.
         """
         now_s = time.monotonic()
+        if request.has_tokens:
+            request.spec.weaken(*move_contract(request.spec.sampling, [link.known]))
         role = ROLE_TO_PROTO[link.instance.view.role]
         number = request.place(link.worker_id, role, f"{record.kind}: {record.rule}")
         queued = request.queued(urgent=urgent, ticketed=ticketed)

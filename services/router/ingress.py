@@ -9,6 +9,7 @@ import grpc
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, ServiceError
 from services.router.config import RouterConfig
+from services.router.contract import move_contract
 from services.router.dispatcher import Dispatcher
 from services.router.mailbox import Sink
 from services.router.relay import Relays
@@ -81,7 +82,7 @@ class Ingress:
         sampling.max_tokens = token_limits(sampling, len(prompt) // 4, limits)
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(63)
-        contract, why = move_contract(sampling)
+        contract, why = move_contract(sampling, self._dispatcher.usable())
         refuse = message.on_overload == inference_pb2.OVERLOAD_ACTION_REFUSE or (
             message.on_overload == inference_pb2.OVERLOAD_ACTION_UNSPECIFIED and slo_class.on_overload == "refuse"
         )
@@ -169,15 +170,6 @@ class Ingress:
             if ended or received[-1] in sampling.stop_token_ids:
                 return common_pb2.FINISH_REASON_STOP
         return common_pb2.FINISH_REASON_LENGTH if len(received) >= sampling.max_tokens else None
-
-
-def move_contract(sampling: common_pb2.SamplingParameters) -> "tuple[common_pb2.MoveContract, str]":
-    """Return what a move preserves, and why it is not exact. Noise is keyed by seed and position in the engine."""
-    if sampling.HasField("structured_output"):
-        return common_pb2.MOVE_CONTRACT_PINNED, "guided decoding keeps its state in the engine"
-    if sampling.bad_words:
-        return common_pb2.MOVE_CONTRACT_PINNED, "bad_words are matched against what the engine generated itself"
-    return common_pb2.MOVE_CONTRACT_EXACT, ""
 
 
 def _accepted(spec: RequestSpec) -> inference_pb2.Accepted:

@@ -109,6 +109,11 @@ class RequestSpec:
         """It must not be moved after its first token."""
         return self.contract == common_pb2.MOVE_CONTRACT_PINNED
 
+    def weaken(self, contract: "common_pb2.MoveContract", why: str) -> None:
+        """Take note that it goes on where less is kept than was promised; the receipt will say so."""
+        if self.contract == common_pb2.MOVE_CONTRACT_EXACT and contract != common_pb2.MOVE_CONTRACT_EXACT:
+            self.contract, self.contract_reason = contract, why
+
 
 class LiveRequest:
     """State of one request."""
@@ -329,4 +334,5 @@ class LiveRequest:
             ticketed=ticketed,
             relegated=self.relegated,
             hops=self.hops,
+            last_token_s=self.last_token_s,
         )

@@ -103,6 +103,9 @@ class Worker:
             heartbeat_ms=self.config.heartbeat_ms,
             policy=self.policy(),
             draining=self.draining,
+            continuation=worker_pb2.Continuation(
+                keyed_noise=info.keyed_noise, carried_penalties=info.carried_penalties, dtype=info.dtype
+            ),
         )
 
     def heartbeat(self) -> worker_pb2.Heartbeat:

@@ -53,6 +53,7 @@ class ScriptedWorker:
             "engine": "scripted",
             "incarnation": "1",
             "heartbeat_ms": 100,
+            "continuation": worker_pb2.Continuation(keyed_noise=True, carried_penalties=True, dtype="float32"),
             "policy": worker_pb2.SchedulingPolicy(value_function="llf", token_budget="dynamic", relegation="none"),
         }
         self.welcome = worker_pb2.Welcome(**(defaults | welcome))

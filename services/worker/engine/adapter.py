@@ -102,6 +102,11 @@ class VllmEngine:
                 guided_decoding=not config.model_config.skip_tokenizer_init,
                 logprobs=settings.engine != "emulated",
                 policies=own_scheduler,
+                dtype=str(config.model_config.dtype).removeprefix("torch."),
+                # Elsewhere our logits processors see to both; CUDA's runner V2 keys noise by itself, but lets
+                # penalties count the tokens of this attempt only.
+                keyed_noise=settings.engine != "cuda" or bool(config.use_v2_model_runner),
+                carried_penalties=settings.engine != "cuda",
             )
             return cls(llm, info, settings, reports, scratch)
         except BaseException:

@@ -36,6 +36,12 @@ class EngineInfo:
     """Log-probabilities are available."""
     policies: bool
     """The in-engine scheduler runs; False: stock priority scheduling by deadline."""
+    dtype: str
+    """Number format of activations: "float32", "bfloat16" or "float16"."""
+    keyed_noise: bool
+    """The noise of a sampled token depends on the seed and the token's absolute position only."""
+    carried_penalties: bool
+    """Presence and frequency penalties count the tokens that earlier attempts generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

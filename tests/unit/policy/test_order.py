@@ -57,6 +57,24 @@ def test_kept_requests_make_their_deadlines_in_edf_order(queue: list[QueuedReque
         assert now_s + PACE.finish_s(work_s) <= request.deadline_s + 1e-6
 
 
+@given(requests(), requests(), policies, st.sampled_from(list(Role)), seconds, st.lists(seconds, min_size=12))
+def test_streams_that_began_elsewhere_come_first_and_are_never_given_up(
+    queue: list[QueuedRequest],
+    moved: list[QueuedRequest],
+    policy: OrderPolicy,
+    role: Role,
+    now_s: float,
+    ages: list[float],
+) -> None:
+    """Whatever the policy: a reader in the midst of a stream waits for nobody's first token."""
+    for number, (request, age_s) in enumerate(zip(moved, ages, strict=False)):
+        request.request_id, request.last_token_s = f"m{number}", now_s + 1e-3 - age_s / 21 * now_s
+    order = order_waiting([*queue, *moved], now_s, PACE, policy, role, 1.0)
+    by_urgency = sorted(moved, key=lambda r: (r.last_token_s + r.slo.tbt_s, r.priority, r.request_id))
+    assert names(order.ordered)[: len(moved)] == names(by_urgency)
+    assert not {r.request_id for r in moved} & {*order.newly_relegated, *order.promoted}
+
+
 def test_hp_serves_urgent_then_ticketed_then_rest_then_relegated() -> None:
     """On HP class comes before deadline; on LP it does not."""
     queue = [

@@ -9,7 +9,6 @@ import pytest
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted, ServiceError
 from services.router.config import RouterConfig, SloClass, Tenant, default_slo_classes
-from services.router.ingress import move_contract
 from services.router.validation import Limits, check_ids, check_request, objective, token_limits
 
 LIMITS = Limits(model_name="tiny", max_model_len=100, vocab_size=512, max_text_bytes=1000, default_max_tokens=64)
@@ -166,17 +165,6 @@ def test_ids_stay_within_the_vocabulary() -> None:
     check_ids("tokens.token_ids", (511).to_bytes(4, "little"), LIMITS)
     with pytest.raises(InvalidArgument, match="below the vocabulary size 512, got 512"):
         check_ids("tokens.token_ids", (512).to_bytes(4, "little"), LIMITS)
-
-
-def test_contracts_follow_the_parameters() -> None:
-    """Plain sampling moves exactly; what the engine keeps to itself pins a request, with the reason."""
-    assert move_contract(common_pb2.SamplingParameters(temperature=1, presence_penalty=1))[0] == (
-        common_pb2.MOVE_CONTRACT_EXACT
-    )
-    for pinned in ({"structured_output": common_pb2.StructuredOutput(regex="a")}, {"bad_words": ["x"]}):
-        contract, why = move_contract(common_pb2.SamplingParameters(**pinned))
-        assert contract == common_pb2.MOVE_CONTRACT_PINNED
-        assert why
 
 
 def test_statuses_are_those_of_the_api() -> None:

@@ -19,6 +19,9 @@ INFO = EngineInfo(
     guided_decoding=False,
     logprobs=True,
     policies=True,
+    dtype="float32",
+    keyed_noise=True,
+    carried_penalties=True,
 )
 
 

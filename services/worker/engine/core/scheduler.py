@@ -143,6 +143,8 @@ class PolicyScheduler:
                 queued.started = True
                 queued.computed_tokens = 0
                 queued.prompt_tokens = request.num_tokens
+                if request.num_output_tokens:
+                    queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
             waiting.append(queued)
         # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
         may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < _PAUSE_BELOW_KV_USAGE
@@ -289,4 +291,5 @@ def _queued_request(request: Request, standing: dict[str, Any]) -> QueuedRequest
         urgent=standing.get("urgent", False),
         ticketed=standing.get("ticketed", False),
         relegated=standing.get("relegated", False),
+        last_token_s=standing.get("last_token_s", 0.0),
     )
