@@ -83,7 +83,7 @@ class AttainmentStatus(_message.Message):
     def __init__(self, slo_class: _Optional[str] = ..., requests: _Optional[int] = ..., joint: _Optional[float] = ..., ttft: _Optional[float] = ..., tbt: _Optional[float] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p99_s: _Optional[float] = ..., gap_p99_s: _Optional[float] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("router_id", "version", "workers", "attainment", "window_s", "live_requests", "prediction_policy", "predictor_connected", "counters", "uptime_s")
+    __slots__ = ("router_id", "version", "workers", "attainment", "window_s", "live_requests", "prediction_policy", "predictor_connected", "counters", "uptime_s", "held_requests")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class GetStatusResponse(_message.Message):
     PREDICTOR_CONNECTED_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     version: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
@@ -111,7 +112,8 @@ class GetStatusResponse(_message.Message):
     predictor_connected: bool
     counters: _containers.ScalarMap[str, int]
     uptime_s: float
-    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., attainment: _Optional[_Iterable[_Union[AttainmentStatus, _Mapping]]] = ..., window_s: _Optional[float] = ..., live_requests: _Optional[int] = ..., prediction_policy: _Optional[str] = ..., predictor_connected: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    held_requests: int
+    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., attainment: _Optional[_Iterable[_Union[AttainmentStatus, _Mapping]]] = ..., window_s: _Optional[float] = ..., live_requests: _Optional[int] = ..., prediction_policy: _Optional[str] = ..., predictor_connected: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., uptime_s: _Optional[float] = ..., held_requests: _Optional[int] = ...) -> None: ...
 
 class WatchStatusRequest(_message.Message):
     __slots__ = ("interval_ms",)

@@ -53,10 +53,10 @@ class WorkerState:
         pace = self.pace
         return self.view.hop_s + pace.finish_s(self.work_s + pace.remaining_work_s(request))
 
-    def add(self, request: SimRequest) -> None:
+    def add(self, request: QueuedRequest) -> None:
         """Count a request sent there, in flight included."""
         self.view.queue.append(request)
-        if self._work_s is not None:
+        if self._work_s is not None and not request.relegated:
             self._work_s += self.pace.remaining_work_s(request)
 
     def discard(self, request: SimRequest) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from bench.metrics import RequestRecord
 from bench.simulator.cluster import Cluster, ClusterConfig
 from bench.simulator.instance import Instance
-from bench.simulator.pulling import PullingRouter, PullPolicy
+from bench.simulator.pulling import PullingRouter
 from bench.simulator.router import (
     HeadroomPolicy,
     PlacingRouter,
@@ -15,6 +15,7 @@ from bench.simulator.router import (
     WorkerState,
 )
 from bench.workloads import WorkloadRequest
+from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.order import OrderPolicy
 from services.policy.placement import PlacementPolicy
@@ -47,7 +48,8 @@ class System:
     tickets: TicketPolicy | None = None
     headroom: HeadroomPolicy | None = None
     rebalance: RebalancePolicy | None = None
-    pull: PullPolicy | None = None
+    late_binding: LateBindingPolicy | None = None
+    """Requests wait at the router; replaces the placement."""
     deadline_priority: bool = False
 
 
@@ -130,7 +132,13 @@ SYSTEMS: dict[str, System] = {
         rescue=True,
     ),
     "ascendra-pull": System(
-        summary="late binding: instances pull from one ordered set", pull=PullPolicy(order=_EDF_MH)
+        summary="late binding: instances pull from one ordered set", late_binding=LateBindingPolicy()
+    ),
+    "ascendra-pull-split": System(
+        summary="late binding with LP/HP: HP takes what LP would miss, and on tickets",
+        late_binding=LateBindingPolicy(),
+        hp_count=default_hp_count,
+        tickets=TicketPolicy(),
     ),
 }
 
@@ -204,13 +212,14 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
         states.append(WorkerState(index, view, budget))
     cluster = Cluster(config, instances)
     router: PlacingRouter | PullingRouter
-    if system.pull:
-        router = PullingRouter(cluster, states, system.pull)
+    order = system.order or OrderPolicy(value_function="fcfs", relegation=NONE)
+    if system.late_binding:
+        router = PullingRouter(cluster, states, system.late_binding, order, system.tickets)
     else:
         policy = RouterPolicy(
             placement=PlacementPolicy(name=system.placement),
             budget=budget,
-            order=system.order or OrderPolicy(value_function="fcfs", relegation=NONE),
+            order=order,
             headroom=system.headroom,
             offload=system.offload,
             rescue=system.rescue,

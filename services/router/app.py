@@ -15,9 +15,11 @@ from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
+from services.policy.late_binding import Committed
 from services.router import metrics
+from services.router.binder import Binder
 from services.router.cluster_servicer import ClusterServicer
-from services.router.config import RouterConfig
+from services.router.config import LATE, RouterConfig
 from services.router.decision_log import DecisionLog
 from services.router.discovery import WorkerPool
 from services.router.dispatcher import Dispatcher
@@ -58,6 +60,7 @@ class Router:
         )
         self.dispatcher = Dispatcher(config, self.predictions, self.decision_log, self.pool.links)
         self.rebalancer = Rebalancer(self.dispatcher)
+        self.binder = Binder(self.dispatcher, self.rebalancer) if config.placement == LATE else None
         self.relays = Relays(config.sinks, self.router_id)
         self._events = WorkerEvents(self.dispatcher, self.rebalancer)
         self.closing = asyncio.Event()
@@ -136,6 +139,8 @@ class Router:
             tasks.create_task(self.pool.run())
             tasks.create_task(self.predictions.run())
             tasks.create_task(self.rebalancer.run())
+            if self.binder is not None:
+                tasks.create_task(self.binder.run())
             tasks.create_task(self.relays.run())
             tasks.create_task(self._monitor(server))
             if self.config.elastic_roles:
@@ -189,4 +194,5 @@ class Router:
             if link.attached:
                 instance = link.instance
                 age_s = now_s - instance.last_message_s
-                yield link.worker_id, len(instance.queue), age_s, instance.round_trip_s
+                committed = Committed.of(self.dispatcher.view(link, now_s), instance.budget)
+                yield link.worker_id, len(instance.queue), committed.work_s, age_s, instance.round_trip_s

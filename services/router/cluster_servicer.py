@@ -119,6 +119,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             predictor_connected=predictions.connected,
             counters=_counters(dispatcher),
             uptime_s=now_s - self._began_s,
+            held_requests=len(dispatcher.binder) if dispatcher.binder is not None else 0,
         )
 
     def _worker(self, link: WorkerLink, now_s: float) -> cluster_pb2.WorkerStatus:

@@ -6,11 +6,15 @@ from typing import Literal
 
 from services.common.config import option
 from services.policy.admission import AdmissionPolicy
+from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.placement import PLACEMENTS
 from services.policy.roles import RolePolicy
 from services.policy.tickets import TicketPolicy
 from services.policy.token_budget import BudgetPolicy
+
+LATE = "late"
+"""The placement that keeps new requests in the router until a worker has room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,10 @@ class RouterConfig:
     encode_threads: int = option(2, "threads that tokenize")
     encode_queue: int = option(256, "texts waiting to be tokenized; more are refused")
 
-    placement: str = option("least_predicted_work", "rule that places a new request: " + ", ".join(PLACEMENTS))
+    placement: str = option(
+        "least_predicted_work",
+        f"rule that places a new request: {', '.join(PLACEMENTS)}; or {LATE}: workers draw it when they have room",
+    )
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
     rescue: bool = option(True, "move waiting requests between LP or unified workers before they miss their objective")
     tickets: bool = option(True, "let idle HP workers take waiting LP requests")
@@ -136,6 +143,7 @@ class RouterConfig:
     admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in, and of waits in seconds")
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
+    late_binding: LateBindingPolicy = option(LateBindingPolicy(), "when a worker has room, under --placement late")
     role_policy: RolePolicy = option(RolePolicy(), "share and hysteresis of HP workers under elastic-roles")
     budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
 
@@ -146,8 +154,8 @@ class RouterConfig:
             unknown = [one for one in tenant.slo_classes if one not in self.slo_classes]
             if unknown:
                 raise ValueError(f"tenants.{name}: slo-classes has no class {unknown[0]!r}")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        if self.placement != LATE and self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, {LATE}, got {self.placement!r}")
         at_least_one = ("max_live_requests", "max_text_bytes", "max_unread_tokens", "default_max_tokens")
         for name in (*at_least_one, "session_max_requests", "encode_threads", "encode_queue", "breaker_failures"):
             if getattr(self, name) < 1:

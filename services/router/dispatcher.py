@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ascendra.v1 import cluster_pb2, common_pb2, worker_pb2
 from services.common.errors import (
@@ -25,7 +26,7 @@ from services.policy.state import InstanceView, QueuedRequest
 from services.policy.token_budget import BudgetPolicy
 from services.router import metrics
 from services.router.attainment import Attainment
-from services.router.config import RouterConfig
+from services.router.config import LATE, RouterConfig
 from services.router.contract import move_contract
 from services.router.decision_log import DecisionLog
 from services.router.estimates import in_order, newcomer_ahead
@@ -48,6 +49,25 @@ class _Parked:
     until_s: float
 
 
+class Holder(Protocol):
+    """Keeps new requests until a worker has room; see Binder."""
+
+    def __len__(self) -> int:
+        """Return how many requests are held."""
+
+    def backlog_tokens(self) -> int:
+        """Return the prefill tokens that a newcomer waits for."""
+
+    def hold(self, request: LiveRequest, why: str) -> None:
+        """Keep a request that has not started anywhere."""
+
+    def release(self, request_id: str) -> None:
+        """Let go of a request that ended."""
+
+    def on_steps(self, steps: Iterable[common_pb2.StepTelemetry]) -> None:
+        """Take note that a worker moved on."""
+
+
 class Dispatcher:
     """Owns every live request of this router."""
 
@@ -68,8 +88,10 @@ class Dispatcher:
         self.admitting = True
         self.work_changed: Callable[[], None] = lambda: None
         """Called when waiting requests should be looked at again."""
+        self.binder: Holder | None = None
+        """Takes new requests under late binding; moves are placed at once."""
         self._decision_log = decision_log
-        self._placement = PlacementPolicy(name=config.placement)
+        self._placement = PlacementPolicy() if config.placement == LATE else PlacementPolicy(name=config.placement)
         self._placement_state = PlacementState()
         self._where: dict[str, tuple[WorkerLink, Placed]] = {}
         self._parked: dict[str, _Parked] = {}
@@ -130,6 +152,14 @@ class Dispatcher:
         request.sink.failed(error)
         self._close(request, error.reason.lower())
 
+    def refuse(self, request: LiveRequest, why: str, retry_after_s: float) -> None:
+        """End a request that was let in and asked to be refused in overload."""
+        self.note(request, "refuse", why)
+        metrics.REFUSALS.labels(reason="OVERLOADED").inc()
+        delay_ms = round(retry_after_s * 1000)
+        error = ResourceExhausted(why, reason="OVERLOADED", retry_safe=True, retry_after_ms=delay_ms)
+        self.fail(request, error, State.REFUSED)
+
     def fail_all(self, why: str) -> None:
         """End everything with a status that says whether a retry is safe."""
         for request in list(self.live.values()):
@@ -181,6 +211,9 @@ class Dispatcher:
         """
         now_s = time.monotonic()
         links = {link.worker_id: link for link in self.links() if link.takes_requests(now_s)}
+        if self.binder is not None and links and kind == "place" and not request.has_tokens:
+            self.binder.hold(request, rule or "late binding")
+            return
         if avoid is not None and len(links) > 1:
             links.pop(avoid.worker_id, None)
         queued = request.queued()
@@ -207,12 +240,14 @@ class Dispatcher:
         *,
         urgent: bool = False,
         ticketed: bool = False,
+        relegated: bool = False,
         predicted: tuple[float, float] | None = None,
     ) -> None:
         """Begin an attempt on a worker.
 
         Args:
             record: the decision that sends it there; its kind names the attempt.
+            relegated: served behind all others there.
             predicted: remaining seconds to the first token there and seconds of queue ahead; None computes them.
         """
         now_s = time.monotonic()
@@ -230,7 +265,7 @@ class Dispatcher:
         record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
         self.record(request, record)
         self._where[request.spec.request_id] = (link, placed)
-        message = request.submission(handle, now_s, urgent=urgent, ticketed=ticketed, relegated=False)
+        message = request.submission(handle, now_s, urgent=urgent, ticketed=ticketed, relegated=relegated)
         link.submit(placed, message)
         self.work_changed()
 
@@ -292,10 +327,13 @@ class Dispatcher:
         if not links:
             return  # it waits for a worker, for a while
         estimates = []
-        waiting = 0
+        waiting = len(self.binder) if self.binder is not None else 0
+        held_tokens = self.binder.backlog_tokens() // len(links) if self.binder is not None else 0
         for link in links:
             view = self.view(link, now_s)
-            estimates.append(newcomer_ahead(view, link.instance.budget).estimate(queued))
+            ahead = newcomer_ahead(view, link.instance.budget)
+            ahead.work_s += ahead.pace.token_s * held_tokens
+            estimates.append(ahead.estimate(queued))
             waiting += len(view.queue)
         decision = admit(
             request.spec.slo,
@@ -393,6 +431,8 @@ class Dispatcher:
         self.live.pop(request_id, None)
         if self._parked.pop(request_id, None) is not None:
             metrics.PARKED.set(len(self._parked))
+        if self.binder is not None:
+            self.binder.release(request_id)
         timer = self._timers.pop(request_id, None)
         if timer is not None:
             timer.cancel()

@@ -25,6 +25,11 @@ WITHDRAW_TIMEOUTS = Counter("ascendra_router_withdraw_timeouts", "Withdrawals th
 LINK_LOSSES = Counter("ascendra_router_link_losses", "Worker streams that ended, or could not be opened.")
 LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
 PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")
+HELD = Gauge("ascendra_router_held_requests", "Requests kept until a worker has room (late binding).")
+HELD_RELEGATED = Gauge("ascendra_router_held_relegated_requests", "Of these, served behind all others.")
+HOLD_SECONDS = Histogram(
+    "ascendra_router_hold_seconds", "Wait in the router until a worker had room (late binding).", buckets=TTFT_BUCKETS_S
+)
 LOOP_LAG = Gauge("ascendra_router_event_loop_lag_seconds", "Largest lateness of a timer in the last second.")
 PREDICTOR_CONNECTED = Gauge("ascendra_router_predictor_connected", "1 while the predictor's models stream in.")
 PREDICTION_POLICY = Gauge("ascendra_router_prediction_policy", "1 for the source of TTFT predictions.", ["policy"])
@@ -62,8 +67,8 @@ class GapHistogram(Collector):
         return [family]
 
 
-WorkerRow = tuple[str, float, float, float]
-"""Worker id, requests waiting there, telemetry age in seconds, round trip in seconds."""
+WorkerRow = tuple[str, float, float, float, float]
+"""Worker id, requests waiting there, prefill work of these, telemetry age and round trip, in seconds."""
 
 
 class WorkerGauges(Collector):
@@ -75,15 +80,19 @@ class WorkerGauges(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the gauges."""
         waiting = GaugeMetricFamily("ascendra_router_worker_waiting", "Requests queued on a worker.", labels=["worker"])
+        work = GaugeMetricFamily(
+            "ascendra_router_worker_committed_seconds", "Prefill work queued on a worker.", labels=["worker"]
+        )
         age = GaugeMetricFamily(
             "ascendra_router_telemetry_age_seconds", "Time since a worker's last message.", labels=["worker"]
         )
         trip = GaugeMetricFamily("ascendra_router_round_trip_seconds", "Round trip of the stream.", labels=["worker"])
-        for worker_id, queued, age_s, round_trip_s in self.rows():
+        for worker_id, queued, work_s, age_s, round_trip_s in self.rows():
             waiting.add_metric([worker_id], queued)
+            work.add_metric([worker_id], work_s)
             age.add_metric([worker_id], age_s)
             trip.add_metric([worker_id], round_trip_s)
-        return [waiting, age, trip]
+        return [waiting, work, age, trip]
 
 
 SinkRow = tuple[str, bool, int, int, int, int, int]

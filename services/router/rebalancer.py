@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ascendra.v1 import cluster_pb2, worker_pb2
-from services.common.errors import ResourceExhausted
 from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s, waited_too_long
 from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload, is_at_risk
@@ -18,10 +17,11 @@ from services.policy.prefill import PrefillPace, TtftEstimate
 from services.policy.state import QueuedRequest, Role
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
 from services.router import metrics
+from services.router.config import LATE
 from services.router.dispatcher import Dispatcher
 from services.router.estimates import Ahead, in_order, newcomer_ahead
 from services.router.instance import Placed
-from services.router.request import DecisionRecord, State
+from services.router.request import DecisionRecord
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
@@ -107,8 +107,9 @@ class Rebalancer:
         self._config = dispatcher.config
         self._changed = asyncio.Event()
         self._transfers: dict[tuple[str, int], list[Transfer]] = {}
-        leases = self._config.ticket_policy if self._config.tickets else TicketPolicy(leases=0)
-        self._ledger = TicketLedger(leases)
+        # Under late binding HP draws what waits in the router; what is committed to an LP starts at once.
+        tickets = self._config.tickets and self._config.placement != LATE
+        self._ledger = TicketLedger(self._config.ticket_policy if tickets else TicketPolicy(leases=0))
         self.unsaved = 0
         """Requests at risk that nobody could take."""
         self.offloads = 0
@@ -312,7 +313,7 @@ class Rebalancer:
             return
         self._dispatcher.unplace(request)
         if transfer.kind == "refuse":
-            self._refuse(transfer)
+            self._dispatcher.refuse(request, transfer.rule, transfer.retry_after_s)
             return
         target = transfer.target
         if target is None or not target.takes_requests(placed.decided_s):
@@ -329,14 +330,6 @@ class Rebalancer:
         record = DecisionRecord(at_s, transfer.kind, transfer.rule, link.worker_id, candidates=transfer.candidates)
         urgent, ticketed = transfer.kind == "offload", transfer.kind == "ticket"
         self._dispatcher.submit(request, target, record, urgent=urgent, ticketed=ticketed, predicted=transfer.predicted)
-
-    def _refuse(self, transfer: Transfer) -> None:
-        request = transfer.placed.request
-        self._dispatcher.note(request, "refuse", transfer.rule)
-        metrics.REFUSALS.labels(reason="OVERLOADED").inc()
-        delay_ms = round(transfer.retry_after_s * 1000)
-        error = ResourceExhausted(transfer.rule, reason="OVERLOADED", retry_safe=True, retry_after_ms=delay_ms)
-        self._dispatcher.fail(request, error, State.REFUSED)
 
     def _expire(self, now_s: float) -> None:
         for key, transfers in list(self._transfers.items()):

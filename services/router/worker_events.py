@@ -95,6 +95,8 @@ class WorkerEvents:
         for end in step.ended:
             self._on_ended(link, end)
         self._on_standing(link, step)
+        if self._dispatcher.binder is not None:
+            self._dispatcher.binder.on_steps(step.telemetry)
         metrics.TOKENS.inc(position)
         link.instance.count_tokens(position, now_s)
         if link.instance.has_queue:

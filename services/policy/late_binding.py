@@ -1,0 +1,338 @@
+"""Late binding: requests wait in one ordered set, where they can still go anywhere, and instances draw from it.
+
+Each instance has a short committed queue, so that its engine never idles; while that has room, the instance holds a
+ticket for the set. The set is ordered and relegated as an engine's own queue is, with the speed of the whole pool.
+"""
+
+import enum
+import math
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.policy.order import OrderPolicy
+from services.policy.prefill import PrefillPace, instance_pace
+from services.policy.relegation import LATE, NONE, RelegatedTurns, late, moore_hodgson
+from services.policy.state import InstanceView, QueuedRequest, Role
+from services.policy.tickets import TicketPolicy, ticket_room
+from services.policy.token_budget import BudgetPolicy
+from services.policy.value_functions import order_key, value_function
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateBindingPolicy:
+    """When an instance has room."""
+
+    committed_steps: float = 2.0
+    """An instance draws while less than this many full steps of prefill are queued there, the running one included."""
+    max_committed: int = 8
+    """Most requests queued at one instance; relegated ones, which wait behind all others there, not included."""
+    refresh_s: float = 0.01
+    """The set is ordered, and whom to give up decided, anew at most this often."""
+
+    def __post_init__(self) -> None:
+        if not self.committed_steps > 0 or self.max_committed < 1 or self.refresh_s < 0:
+            raise ValueError("committed_steps must be above 0, max_committed at least 1, refresh_s at least 0")
+
+
+class Instance(Protocol):
+    """An instance that draws, with what is committed to it."""
+
+    @property
+    def view(self) -> InstanceView:
+        """What is known of it."""
+
+    @property
+    def pace(self) -> PrefillPace:
+        """How fast it prefills beside its present decodes."""
+
+    @property
+    def work_s(self) -> float:
+        """Prefill work queued there in seconds, without that of relegated requests."""
+
+    def add(self, request: QueuedRequest) -> None:
+        """Count a request that goes there from now on."""
+
+
+@dataclass(slots=True)
+class Committed:
+    """The plain Instance."""
+
+    view: InstanceView
+    pace: PrefillPace
+    work_s: float
+
+    @classmethod
+    def of(cls, view: InstanceView, budget: BudgetPolicy) -> "Committed":
+        """Sum up what an instance has queued."""
+        pace = instance_pace(view, budget)
+        return cls(view, pace, math.fsum(pace.remaining_work_s(one) for one in view.queue if not one.relegated))
+
+    def add(self, request: QueuedRequest) -> None:
+        """Count a request that goes there from now on."""
+        self.view.queue.append(request)
+        if not request.relegated:
+            self.work_s += self.pace.remaining_work_s(request)
+
+
+class Draw(enum.StrEnum):
+    """In which right an instance drew a request."""
+
+    PLACE = "place"
+    URGENT = "offload"
+    """HP, because the LPs would miss it."""
+    TICKET = "ticket"
+    """HP, because it has nothing urgent to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A request and where it goes."""
+
+    request: QueuedRequest
+    worker_id: str
+    draw: Draw
+    rule: str
+
+
+_Ranked = tuple[tuple[float, int, float, str], QueuedRequest]
+
+
+class WaitingSet:
+    """The requests that no instance owns yet, and who draws which; one a router."""
+
+    def __init__(self, policy: LateBindingPolicy, order: OrderPolicy, tickets: TicketPolicy | None = None) -> None:
+        """Start empty.
+
+        Args:
+            order: of the set; the engines' own.
+            tickets: when HP instances take what is not urgent; None: never.
+        """
+        self.policy = policy
+        self.order = order
+        self._tickets = tickets
+        self._turns = RelegatedTurns(order.relegated_share)
+        self._ranked: list[_Ranked] = []
+        """Those that one instance by itself could still serve in time."""
+        self._late: deque[QueuedRequest] = deque()
+        """The others, in the order in which they became late."""
+        self._new: list[QueuedRequest] = []
+        self._given_up: set[str] = set()
+        """Of the ranked: those that the last schedule of all instances leaves out."""
+        self._urgent: set[str] = set()
+        """Of the ranked: those that only HP can save."""
+        self._ranked_s = -math.inf
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return len(self._ranked) + len(self._new) + len(self._late)
+
+    @property
+    def relegated(self) -> int:
+        """How many of them are served behind all others."""
+        return len(self._late)
+
+    def backlog_tokens(self) -> int:
+        """Return the prefill tokens that a newcomer waits for."""
+        kept = sum(request.remaining_tokens for _, request in self._ranked if request.request_id not in self._given_up)
+        return kept + sum(request.remaining_tokens for request in self._new)
+
+    def add(self, request: QueuedRequest) -> None:
+        """Take a request that has not started anywhere."""
+        self._new.append(request)
+
+    def discard(self, request_id: str) -> bool:
+        """Let go of a request; False when it is not here."""
+        before = len(self)
+        self._new = [request for request in self._new if request.request_id != request_id]
+        self._ranked = [entry for entry in self._ranked if entry[1].request_id != request_id]
+        if len(self) == before:
+            self._late = deque(request for request in self._late if request.request_id != request_id)
+        return len(self) < before
+
+    def earn(self, busy_s: float) -> None:
+        """Add the share of a step to what overdue relegated requests may take."""
+        self._turns.earn(busy_s)
+
+    def refresh(self, pool: Sequence[Instance], now_s: float) -> list[QueuedRequest]:
+        """Order the set and decide whom to give up, if that is due; return those relegated from now on.
+
+        Args:
+            pool: all instances that serve.
+        """
+        if not pool or not (self._ranked or self._new):
+            return []
+        pace = min(pool, key=_work).pace
+        if now_s - self._ranked_s < self.policy.refresh_s:
+            for request in self._new:
+                insort(self._ranked, self._entry(request, pace, now_s), key=_key)
+            self._new.clear()
+            return []
+        self._ranked_s = now_s
+        relegated = self._relegate(pool, pace, now_s)
+        requests = [request for _, request in self._ranked] + self._new
+        self._new.clear()
+        self._ranked = sorted((self._entry(request, pace, now_s) for request in requests), key=_key)
+        self._schedule(pool, pace, now_s)
+        return relegated
+
+    def draw(self, pool: Sequence[Instance], now_s: float, among: Sequence[Instance] | None = None) -> list[Binding]:
+        """Let the instances that have room draw, emptiest first; each request is counted where it goes.
+
+        Args:
+            pool: all instances that serve.
+            among: those that may have room; None: all.
+        """
+        bindings: list[Binding] = []
+        instances = pool if among is None else among
+        for instance in instances:
+            if instance.view.role is Role.HIGH:
+                bindings += self._draw_urgent(instance, now_s)
+        split = any(instance.view.role is not Role.HIGH for instance in pool)
+        tickets = self._tickets if split else None
+        tightest_s = min((request.slo.tbt_s for _, request in self._ranked), default=0.0) if tickets else 0.0
+
+        def may_draw(instance: Instance) -> bool:
+            if not self._has_room(instance):
+                return False
+            if not split or instance.view.role is not Role.HIGH:
+                return True
+            return tickets is not None and _may_draw_ticket(instance.view, tickets, tightest_s)
+
+        open_ = [instance for instance in instances if may_draw(instance)]
+        while open_ and (self._ranked or self._late):
+            instance = min(open_, key=_work)
+            binding = self._draw_next(instance, split, now_s)
+            if binding is None:
+                open_.remove(instance)
+                continue
+            bindings.append(binding)
+            if not may_draw(instance):
+                open_.remove(instance)
+        return bindings
+
+    def _entry(self, request: QueuedRequest, pace: PrefillPace, now_s: float) -> _Ranked:
+        value_s = value_function(self.order.value_function)(request, pace.alone_s(request), now_s)
+        return order_key(value_s, request), request
+
+    def _relegate(self, pool: Sequence[Instance], pace: PrefillPace, now_s: float) -> list[QueuedRequest]:
+        """Move the requests that no instance by itself could serve in time to the late ones; return them."""
+        if self.order.relegation == NONE:
+            return []
+        hop_s = min(instance.view.hop_s for instance in pool)
+
+        def in_time(request: QueuedRequest) -> bool:
+            alone_s = self.order.caution * pace.finish_s(pace.remaining_work_s(request))
+            return now_s + hop_s + alone_s <= request.deadline_s
+
+        late_ones = [request for _, request in self._ranked if not in_time(request)]
+        late_ones += [request for request in self._new if not in_time(request)]
+        if late_ones:
+            gone = {request.request_id for request in late_ones}
+            self._ranked = [entry for entry in self._ranked if entry[1].request_id not in gone]
+            self._new = [request for request in self._new if request.request_id not in gone]
+            self._late.extend(late_ones)
+            for request in late_ones:
+                request.relegated = True
+        return late_ones
+
+    def _schedule(self, pool: Sequence[Instance], pace: PrefillPace, now_s: float) -> None:
+        """Choose anew whom to give up, and whom of the others only HP can save."""
+        self._given_up, self._urgent = set(), set()
+        if self.order.relegation == NONE:
+            return
+        self._given_up = self._left_out(pool, pace, now_s)
+        low = [instance for instance in pool if instance.view.role is not Role.HIGH]
+        if low and len(low) < len(pool):
+            self._urgent = self._left_out(low, pace, now_s) - self._given_up
+
+    def _left_out(self, instances: Sequence[Instance], pace: PrefillPace, now_s: float) -> set[str]:
+        """Return the requests without which these instances serve all others in time."""
+        caution = self.order.caution
+        hop_s = min(instance.view.hop_s for instance in instances)
+        # The pool works on many at once, but each request by itself takes as long as on one instance.
+        alone_share = caution * (1 - 1 / len(instances))
+        works_s = [pace.remaining_work_s(request) for _, request in self._ranked]
+        rooms_s = [
+            request.deadline_s - now_s - hop_s - alone_share * pace.finish_s(work_s)
+            for (_, request), work_s in zip(self._ranked, works_s, strict=True)
+        ]
+        committed_s = math.fsum(map(_work, instances))
+        speed = math.fsum(one.pace.capacity_s / one.pace.step_s for one in instances) / caution
+        choose: Callable[..., list[int]] = late if self.order.relegation == LATE else moore_hodgson
+        dropped = choose(rooms_s, works_s, lambda work_s: work_s / speed, committed_s)
+        return {self._ranked[place][1].request_id for place in dropped}
+
+    def _has_room(self, instance: Instance) -> bool:
+        view, policy = instance.view, self.policy
+        committed = sum(not request.relegated for request in view.queue)
+        if view.draining or committed >= policy.max_committed or view.decodes + len(view.queue) >= view.max_num_seqs:
+            return False
+        return instance.work_s < policy.committed_steps * instance.pace.capacity_s
+
+    def _draw_urgent(self, instance: Instance, now_s: float) -> list[Binding]:
+        """Let HP take what only HP can save, as far as it makes it."""
+        view, pace = instance.view, instance.pace
+        bindings: list[Binding] = []
+        ahead_s = math.fsum(pace.remaining_work_s(one) for one in view.queue if one.started or one.urgent)
+        for _, request in [entry for entry in self._ranked if entry[1].request_id in self._urgent]:
+            full = view.decodes + len(view.queue) >= view.max_num_seqs
+            if view.draining or full or ahead_s >= self.policy.committed_steps * pace.capacity_s:
+                break
+            work_s = pace.remaining_work_s(request)
+            if now_s + view.hop_s + self.order.caution * pace.finish_s(ahead_s + work_s) > request.deadline_s:
+                continue
+            self.discard(request.request_id)
+            request.urgent = True
+            instance.add(request)
+            ahead_s += work_s
+            bindings.append(Binding(request, view.worker_id, Draw.URGENT, "the LP workers would miss it"))
+        return bindings
+
+    def _draw_next(self, instance: Instance, split: bool, now_s: float) -> Binding | None:
+        """Take the request whose turn it is; None when there is none for this instance."""
+        found = self._overdue(instance, now_s) or self._first()
+        if found is None:
+            bound_s = math.fsum(instance.pace.remaining_work_s(request) for request in instance.view.queue)
+            if not self._late or bound_s >= self.policy.committed_steps * instance.pace.capacity_s:
+                return None
+            found = self._late.popleft(), "relegated; nobody else waits"
+        request, rule = found
+        ticketed = split and instance.view.role is Role.HIGH
+        request.ticketed = ticketed
+        instance.add(request)
+        draw, why = (Draw.TICKET, "an HP worker has room") if ticketed else (Draw.PLACE, "most room")
+        return Binding(request, instance.view.worker_id, draw, f"{rule}; {why}")
+
+    def _overdue(self, instance: Instance, now_s: float) -> tuple[QueuedRequest, str] | None:
+        if not self._late or self._turns.credit_s <= 0:
+            return None
+        if now_s - self._late[0].arrival_s < self.order.relegated_after_s:
+            return None
+        self._turns.spend(instance.pace.remaining_work_s(self._late[0]))
+        return self._late.popleft(), "relegated; overdue"
+
+    def _first(self) -> tuple[QueuedRequest, str] | None:
+        for place, (_, request) in enumerate(self._ranked):
+            if request.request_id not in self._given_up:
+                del self._ranked[place]
+                return request, "first in the order"
+        if self._ranked:
+            # Given up for others that are gone by now, and still in time.
+            return self._ranked.pop(0)[1], "given up for others that are gone"
+        return None
+
+
+def _may_draw_ticket(view: InstanceView, tickets: TicketPolicy, tbt_s: float) -> bool:
+    held = sum(request.ticketed for request in view.queue)
+    return held < tickets.leases and not ticket_room(view, tickets, tbt_s)
+
+
+def _work(instance: Instance) -> float:
+    return instance.work_s
+
+
+def _key(entry: _Ranked) -> tuple[float, int, float, str]:
+    return entry[0]
