@@ -2,6 +2,7 @@
 
 Without --address it starts the named systems itself, one after the other, each with emulated workers; every
 repetition runs all of them on the same requests (same seed), so that compared numbers come from the same minutes.
+The result file is written after every run, and what is in it is not run again: a stopped bench goes on where it was.
 With --address (a router) or --openai URL it measures what already runs.
 """
 
@@ -9,7 +10,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -21,8 +21,10 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.live.cpu import CpuWatch
 from bench.live.load import run_load
-from bench.live.systems import SYSTEMS, Workers, running_system
+from bench.live.results import ResultFile
+from bench.live.systems import SYSTEMS, TABLE, Workers, running_system
 from bench.live.targets import Target, ascendra_target, openai_target, prompt_of
 from bench.metrics import Report, RequestRecord, summarize
 from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
@@ -72,11 +74,10 @@ async def measure(
     return summarize(counted)
 
 
-async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure everything asked for; the systems take turns within each seed."""
+async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
+    """Measure everything asked for that the file lacks; the systems take turns within each seed."""
     trace = load_trace(arguments.trace)
     classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
-    results = []
     for seed in arguments.seeds:
         for rate_rps in arguments.rates:
             workload = fitting(
@@ -91,19 +92,25 @@ async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 arguments.max_model_len,
             )
             for name in target_names(arguments):
+                if file.holds((name, seed, rate_rps)):
+                    continue
                 async with AsyncExitStack() as stack:
                     target = await open_target(name, arguments, seed, stack)
+                    watch = CpuWatch()
                     report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
-                results.append({"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict()})
-                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%}", file=sys.stderr)
-    return results
+                    cpu = watch.cores()
+                result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
+                file.append(result)
+                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%} {cpu}", file=sys.stderr)
 
 
 def target_names(arguments: argparse.Namespace) -> list[str]:
     """Return what is measured, by name."""
     if arguments.address:
         return ["address"]
-    return ["openai"] if arguments.openai else list(arguments.systems)
+    if arguments.openai:
+        return ["openai"]
+    return [name for given in arguments.systems for name in (TABLE if given == "table" else [given])]
 
 
 async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> Target:
@@ -131,20 +138,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Render medians over seeds, with the spread of the primary metric."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["rate_rps"], result["system"]), []).append(result["report"])
+        groups.setdefault((result["rate_rps"], result["system"]), []).append(result)
     lines = [
-        "| req/s | system | " + " | ".join(COLUMNS.values()) + " | longest tenth joint | min-max joint |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        "| req/s | system | "
+        + " | ".join(COLUMNS.values())
+        + " | longest tenth joint | min-max joint | machine busy |",
+        "|---" * (len(COLUMNS) + 5) + "|",
     ]
-    for (rate_rps, system), reports in groups.items():
+    for (rate_rps, system), runs in groups.items():
         cells = []
+        reports = [run["report"] for run in runs]
+        busy = [run["cpu"]["machine_busy"] for run in runs if "cpu" in run]
         for name in COLUMNS:
             value = statistics.median(report[name] for report in reports)
             cells.append(f"{value:.1%}" if name in SHARES else f"{value:.3g}")
         longest = statistics.median(report["joint_by_prompt_decile"][-1] for report in reports)
         joints = [report["joint"] for report in reports]
+        machine = f"{max(busy):.0%}" if busy else "-"
         spread = f"{min(joints):.1%}-{max(joints):.1%}"
-        lines.append(f"| {rate_rps:g} | {system} | {' | '.join(cells)} | {longest:.1%} | {spread} |")
+        lines.append(f"| {rate_rps:g} | {system} | {' | '.join(cells)} | {longest:.1%} | {spread} | {machine} |")
     return "\n".join(lines)
 
 
@@ -162,7 +174,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drain-s", type=float, default=60.0, help="wait for stragglers after the last arrival")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="limit of one request, in seconds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--systems", nargs="+", default=["vllm-rr-2048", "vllm-rr-512", "ascendra"], choices=SYSTEMS)
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=["table"],
+        choices=["table", *SYSTEMS],
+        metavar="NAME",
+        help=f"table ({', '.join(TABLE)}) or any of {', '.join(SYSTEMS)}",
+    )
     parser.add_argument("--workers", type=int, default=8, help="emulated workers")
     parser.add_argument("--model", type=Path, help="model directory, for the router's tokenizer")
     parser.add_argument("--profile", default="a100-llama3-8b", help="step-time profile of the emulated workers")
@@ -173,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--address", nargs="+", default=[], help="measure running routers instead")
     parser.add_argument("--openai", default="", help="measure a running OpenAI-compatible server, by base URL")
     parser.add_argument("--openai-model", default="", help="its model name")
-    parser.add_argument("--out", type=Path, help="write raw results as JSON")
+    parser.add_argument("--out", type=Path, help="raw results as JSON; runs that it holds are not repeated")
     arguments = parser.parse_args()
     if not arguments.address and not arguments.openai and arguments.model is None:
         parser.error("--model is needed to start systems")
@@ -183,15 +202,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table, write raw results."""
     arguments = parse()
-    results = uvloop.run(run(arguments))
-    print(table(results))
-    if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "trace")}
-        settings["trace"] = arguments.trace.name
-        arguments.out.write_text(json.dumps({"commit": commit, "settings": settings, "results": results}, indent=1))
+    own = ("out", "trace", "systems", "seeds", "rates")  # of single runs, not of the file
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in own}
+    file = ResultFile(arguments.out, settings | {"trace": arguments.trace.name})
+    uvloop.run(run(arguments, file))
+    print(table(file.results))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.processes import Processes
+from services.policy.value_functions import VALUE_FUNCTIONS
 
 STOCK = {"value-function": "fcfs", "token-budget": "static", "relegation": "none"}
-BALANCE_ONLY = {"offload": False, "tickets": False}
+BALANCE_ONLY = {
+    "offload": False,
+    "rescue": False,
+    "tickets": False,
+    "admission-policy": {"max-wait-s": 0, "max-waiting": 0},
+}
+"""Nothing that was placed moves, and nobody is turned away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +48,40 @@ def _order(value_function: str) -> System:
 
 
 SYSTEMS: dict[str, System] = {
-    "vllm-rr-2048": _stock("round_robin", 2048),
-    "vllm-rr-1024": _stock("round_robin", 1024),
-    "vllm-rr-512": _stock("round_robin", 512),
+    **{f"vllm-rr-{tokens}": _stock("round_robin", tokens) for tokens in (2048, 1024, 512, 256)},
     "vllm-least-512": _stock("least_requests", 512),
     "unified": System(hp=0),
     "ascendra": System(),
     "ascendra-2hp": System(hp=2),
-    "ascendra-no-offload": System(router={"offload": False}),
+    "ascendra-late": System(hp=0, router={"placement": "late"}),
+    "ascendra-late-split": System(router={"placement": "late"}),
+    "ascendra-no-offload": System(router={"offload": False, "rescue": False}),
+    "ascendra-no-rescue": System(router={"rescue": False}),
     "ascendra-no-tickets": System(router={"tickets": False}),
     "ascendra-static-512": System(worker={"token-budget": "static", "static-budget-tokens": 512}),
     "ascendra-no-relegation": System(worker={"relegation": "none"}),
     "ascendra-no-predictor": System(predictor=False),
-    **{f"ascendra-{name}": _order(name) for name in ("fcfs", "edf", "sjf", "hybrid", "hrrn")},
+    "ascendra-elastic": System(router={"elastic-roles": True}),
+    **{f"ascendra-{name}": _order(name) for name in sorted(VALUE_FUNCTIONS)},
+    "paper": System(
+        worker={
+            "value-function": "llf",
+            "token-budget": "static",
+            "static-budget-tokens": 512,
+            "relegation": "none",
+        },
+        router={"placement": "least_requests", "rescue": False},
+    ),
 }
+DEFAULT_ORDER = "ascendra-edf"
+"""The same as "ascendra": edf is the default value function."""
+TABLE = [
+    *("vllm-rr-2048", "vllm-rr-512", "vllm-rr-256", "vllm-least-512", "paper", "unified", "ascendra", "ascendra-2hp"),
+    *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
+    "ascendra-no-relegation",
+    *(f"ascendra-{name}" for name in sorted(VALUE_FUNCTIONS) if f"ascendra-{name}" != DEFAULT_ORDER),
+]
+"""What `--systems table` stands for: baselines, Ascendra's variants, and one mechanism less or exchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)

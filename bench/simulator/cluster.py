@@ -11,6 +11,7 @@ from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import Instance, StepReport, StepTimeTruth
 from bench.simulator.request import SimRequest
 from bench.workloads import WorkloadRequest
+from services.policy.state import Role
 from services.policy.step_time import A100_LLAMA3_8B, StepTimeModel
 
 
@@ -92,6 +93,10 @@ class Cluster:
         """Ask the request's worker to give it back; `on_withdrawn` has the answer."""
         request.moving = True
         self.at(self.now_s + self.config.hop_s, self._ask, request, self.instances[request.worker])
+
+    def set_role(self, index: int, role: Role) -> None:
+        """Change a worker's role, from the step after next on."""
+        self.at(self.now_s + self.config.hop_s, setattr, self.instances[index], "role", role)
 
     def refuse(self, request: SimRequest) -> None:
         """Turn a request away."""

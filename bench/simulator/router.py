@@ -13,6 +13,7 @@ from services.policy.offload import OffloadAction, OffloadCandidate, OffloadPoli
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.placement import PlacementPolicy, PlacementState, place
 from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace, predict_in_order
+from services.policy.roles import RoleController, RolePolicy, assign_roles
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
@@ -122,6 +123,11 @@ class RouterPolicy:
     rebalance: RebalancePolicy | None = None
     deadline_priority: bool = False
     """Send the deadline as vLLM priority."""
+    roles: RolePolicy | None = None
+    """HPs follow the offload pressure."""
+
+
+ROLE_INTERVAL_S = 2.0
 
 
 class PlacingRouter:
@@ -132,9 +138,16 @@ class PlacingRouter:
         self._states = states
         self._by_id = {state.view.worker_id: state for state in states}
         self._views = [state.view for state in states]
-        self._high = [state for state in states if state.view.role is Role.HIGH]
-        self._low = [state for state in states if state.view.role is not Role.HIGH]
         self._policy = policy
+        self._controller = RoleController(policy.roles, len(states)) if policy.roles else None
+        self._high: list[WorkerState] = []
+        self._low: list[WorkerState] = []
+        self._split()
+        self.role_changes: list[tuple[float, int]] = []
+        """(Time, number of HPs from then on)."""
+        self._urgent_work_s = 0.0
+        self._offloads = self._unsaved = 0
+        self._roles_s = 0.0
         self._placement = PlacementState(rng=random.Random(seed))
         self._rng = random.Random(seed + 1)
         self._ledger = TicketLedger(policy.tickets) if policy.tickets else None
@@ -170,6 +183,8 @@ class PlacingRouter:
             self._draw(now_s)
         if self._policy.rebalance:
             self._rebalance(self._policy.rebalance, now_s)
+        if self._controller and now_s - self._roles_s >= ROLE_INTERVAL_S:
+            self._follow_pressure(self._controller, now_s)
 
     def on_withdrawn(self, request: SimRequest, gone: bool, now_s: float) -> None:
         """Send a withdrawn request on; leave one that had started where it is."""
@@ -256,9 +271,36 @@ class PlacingRouter:
                 request.urgent = target.view.role is Role.HIGH
                 if self._ledger and request.urgent:
                     self._ledger.revoke(decision.target)
+                if request.urgent:
+                    self._offloads += 1
+                    self._urgent_work_s += target.pace.work_s(request.prompt_tokens)
                 self._move(request, target)
-            elif decision.action is OffloadAction.RELEGATE and self._policy.relegate_unsafe:
-                request.relegated = request.was_relegated = True
+            elif decision.action is OffloadAction.RELEGATE:
+                self._unsaved += 1
+                if self._policy.relegate_unsafe:
+                    request.relegated = request.was_relegated = True
+
+    def _split(self) -> None:
+        self._high = [state for state in self._states if state.view.role is Role.HIGH]
+        self._low = [state for state in self._states if state.view.role is not Role.HIGH]
+
+    def _follow_pressure(self, controller: RoleController, now_s: float) -> None:
+        """Set the roles that the offload pressure since the last call asks for, as the router's RoleKeeper does."""
+        busy_share = self._urgent_work_s / ((now_s - self._roles_s) * max(len(self._high), 1))
+        unsaved_share = self._unsaved / max(self._unsaved + self._offloads, 1)
+        self._urgent_work_s, self._offloads, self._unsaved, self._roles_s = 0.0, 0, 0, now_s
+        decision = controller.update(now_s, len(self._states), busy_share, unsaved_share)
+        roles = {state.view.worker_id: state.view.role for state in self._states}
+        changed = False
+        for worker_id, role in assign_roles(list(roles), decision.hp_count, roles).items():
+            if role is not roles[worker_id]:
+                changed = True
+                state = self._by_id[worker_id]
+                state.view.role = role
+                self._cluster.set_role(state.index, role)
+        if changed:
+            self._split()
+            self.role_changes.append((now_s, decision.hp_count))
 
     def _draw(self, now_s: float) -> None:
         """Let HP instances with nothing urgent draw waiting work."""

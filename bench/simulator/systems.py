@@ -1,7 +1,7 @@
 """The systems that are compared, by name: Ascendra's variants and the baselines, each a composition of policies."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bench.metrics import RequestRecord
 from bench.simulator.cluster import Cluster, ClusterConfig
@@ -20,7 +20,7 @@ from services.policy.offload import OffloadPolicy
 from services.policy.order import OrderPolicy
 from services.policy.placement import PlacementPolicy
 from services.policy.relegation import LATE, NONE
-from services.policy.roles import default_hp_count
+from services.policy.roles import RolePolicy, default_hp_count
 from services.policy.state import InstanceView, Role
 from services.policy.tickets import TicketPolicy
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
@@ -51,6 +51,7 @@ class System:
     late_binding: LateBindingPolicy | None = None
     """Requests wait at the router; replaces the placement."""
     deadline_priority: bool = False
+    roles: RolePolicy | None = None
 
 
 _DISPATCH = {
@@ -125,6 +126,7 @@ SYSTEMS: dict[str, System] = {
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
+    "ascendra-elastic": _split("the same, HPs follow the offload pressure", _EDF_MH, roles=RolePolicy()),
     "ascendra-pool": System(
         summary="one pool: as unified, with TBT classes kept apart and rescue between all instances",
         placement="tbt_bins",
@@ -172,6 +174,8 @@ class Run:
     moves: int = 0
     refused_moves: int = 0
     ticket_moves: int = 0
+    role_changes: list[tuple[float, int]] = field(default_factory=list)
+    """(Time, number of HPs from then on)."""
 
 
 def simulate(system: System, workload: Sequence[WorkloadRequest], config: ClusterConfig) -> Run:
@@ -227,6 +231,7 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
             tickets=system.tickets,
             rebalance=system.rebalance,
             deadline_priority=system.deadline_priority,
+            roles=system.roles,
         )
         router = PlacingRouter(cluster, states, policy, config.seed)
     records = cluster.run(workload, router)
@@ -240,4 +245,5 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
     )
     if isinstance(router, PlacingRouter):
         run.moves, run.refused_moves, run.ticket_moves = router.moves, router.refused_moves, router.ticket_moves
+        run.role_changes = router.role_changes
     return run

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, WaitingOrder, order_waiting
@@ -18,9 +19,8 @@ _CHUNKS_CONSIDERED = 64
 """Requests whose context the budget looks at; more than fit into any step."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeState:
-    """A resident request that decodes."""
+class DecodeState(NamedTuple):
+    """A resident request that decodes; a tuple, for one is made for each of them in every step."""
 
     last_token_s: float
     tbt_slo_s: float
@@ -115,10 +115,9 @@ class StepPlanner:
             in_flight: a step is still running; this one starts when its tokens are out.
             may_pause: outranked prefills may sit the step out.
         """
-        load = DecodeLoad(len(decodes), sum(decode.context_tokens for decode in decodes))
-        tightest_s = min((decode.tbt_slo_s for decode in decodes), default=math.inf)
-        gaps = ((decode.last_token_s, decode.tbt_slo_s) for decode in decodes)
-        bound_s = tightest_s if in_flight else step_bound_s(gaps, now_s)
+        load = DecodeLoad(len(decodes), sum([decode[2] for decode in decodes]))
+        tightest_s = min([decode[1] for decode in decodes], default=math.inf)
+        bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in decodes], now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
         order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
         chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]

@@ -108,8 +108,7 @@ class PolicyScheduler:
         """Take vLLM's account of the step, then learn from it and report it."""
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         now_s = time.monotonic()
-        for request_id in scheduler_output.num_scheduled_tokens:
-            self._last_token_s[request_id] = now_s
+        self._last_token_s.update(dict.fromkeys(scheduler_output.num_scheduled_tokens, now_s))
         for request_id in scheduler_output.finished_req_ids:
             self._forget(request_id)
         step = self._in_flight.pop(id(scheduler_output), None)
@@ -126,17 +125,16 @@ class PolicyScheduler:
         prefills = []
         waiting = []
         decodes = []
+        last_token_s = self._last_token_s
         for request in scheduler.running:
+            queued = self.queued(request)
             if request.is_prefill_chunk:
-                queued = self.queued(request)
                 queued.started = True
                 queued.computed_tokens = request.num_computed_tokens
                 prefills.append(queued)
             else:
-                standing = self.standing(request)
-                last_token_s = self._last_token_s.get(request.request_id) or standing.get("last_token_s") or now_s
-                tbt_s = standing.get("tbt_slo_s") or _NEVER_S
-                decodes.append(DecodeState(last_token_s, tbt_s, request.num_computed_tokens))
+                last_s = last_token_s.get(request.request_id) or self.standing(request).get("last_token_s") or now_s
+                decodes.append(DecodeState(last_s, queued.slo.tbt_s, request.num_computed_tokens))
         for request in scheduler.waiting:
             queued = self.queued(request)
             if request.status == RequestStatus.PREEMPTED:
@@ -169,6 +167,8 @@ class PolicyScheduler:
     def _arrange(self, plan: StepPlan) -> tuple[list[Request], list[Request]]:
         """Put the lists into the order of the plan; return the waiting and the resident requests taken out of it."""
         scheduler: Any = self
+        if not plan.order.ordered:
+            return [], []  # nothing but decodes
         rank = {id(queued): index for index, queued in enumerate(plan.order.ordered)}
 
         def place(request: Request) -> int:
@@ -219,8 +219,9 @@ class PolicyScheduler:
     def _shape(self, output: Any) -> StepShape:
         scheduler: Any = self
         prefill = decodes = context = products = 0
+        requests = scheduler.requests
         for request_id, tokens in output.num_scheduled_tokens.items():
-            request = scheduler.requests[request_id]
+            request = requests[request_id]
             before = request.num_computed_tokens - tokens
             if tokens == 1 and before > 0 and not request.is_prefill_chunk:
                 decodes += 1
@@ -241,12 +242,8 @@ class PolicyScheduler:
 
     def _telemetry(self, step: _Step, step_s: float) -> common_pb2.StepTelemetry:
         scheduler: Any = self
-        queued_prefill = sum(request.num_tokens - request.num_computed_tokens for request in scheduler.waiting)
-        queued_prefill += sum(
-            request.num_tokens - request.num_computed_tokens
-            for request in scheduler.running
-            if request.is_prefill_chunk
-        )
+        unfinished = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill_chunk)]
+        queued_prefill = sum(request.num_tokens - request.num_computed_tokens for request in unfinished)
         return common_pb2.StepTelemetry(
             step=self._steps,
             prefill_tokens=step.shape.prefill_tokens,

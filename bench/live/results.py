@@ -1,0 +1,60 @@
+"""The result file of a live bench: written after every run, so that a bench that was stopped goes on where it was."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RunKey = tuple[str, int, float]
+"""(system, seed, requests per second)."""
+
+
+class ResultFile:
+    """Results of runs under the same settings; without a path they are only kept in memory."""
+
+    def __init__(self, path: Path | None, settings: Mapping[str, str]) -> None:
+        """Read what there is.
+
+        Raises:
+            ValueError: the file holds runs under other settings.
+        """
+        self._path = path
+        self._settings = dict(settings)
+        self.results: list[dict[str, Any]] = []
+        if path is None or not path.exists():
+            return
+        document = json.loads(path.read_text(encoding="utf-8"))
+        changed = {
+            name: (document["settings"].get(name), value)
+            for name, value in self._settings.items()
+            if document["settings"].get(name) != value
+        }
+        if changed:
+            raise ValueError(f"{path} holds runs under other settings (there, here): {changed}")
+        self.results = document["results"]
+
+    def holds(self, key: RunKey) -> bool:
+        """Tell whether a run is in the file already."""
+        return any((one["system"], one["seed"], one["rate_rps"]) == key for one in self.results)
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Add a run; the file is replaced at once, so that it is whole at any time."""
+        self.results.append({**result, "commit": commit()})
+        if self._path is None:
+            return
+        document = {"commit": commit(), "settings": self._settings, "results": self.results}
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        partial.replace(self._path)
+
+
+def commit() -> str:
+    """Return the commit of the code, marked when the working tree differs from it; empty outside a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip()
