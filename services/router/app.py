@@ -23,6 +23,7 @@ from services.router.config import LATE, RouterConfig
 from services.router.decision_log import DecisionLog
 from services.router.discovery import WorkerPool
 from services.router.dispatcher import Dispatcher
+from services.router.estimates import backlog_s, held_s
 from services.router.instance import Instance
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
@@ -68,6 +69,7 @@ class Router:
         self.address = ""
         """Where clients reach it, once started."""
         metrics.WORKERS.rows = self._worker_rows
+        metrics.HELD_BACKLOG.set_function(self._held_backlog_s)
 
     def limits(self) -> Limits:
         """Return what the served model allows, by what its workers say."""
@@ -192,7 +194,14 @@ class Router:
         now_s = time.monotonic()
         for link in self.pool.links():
             if link.attached:
-                instance = link.instance
-                age_s = now_s - instance.last_message_s
-                committed = Committed.of(self.dispatcher.view(link, now_s), instance.budget)
-                yield link.worker_id, len(instance.queue), committed.work_s, age_s, instance.round_trip_s
+                instance, view = link.instance, self.dispatcher.view(link, now_s)
+                work_s, all_s = Committed.of(view, instance.budget).work_s, backlog_s(view, instance.budget)
+                queued, age_s = len(instance.queue), now_s - instance.last_message_s
+                yield link.worker_id, view.role.value, queued, work_s, all_s, age_s, instance.round_trip_s
+
+    def _held_backlog_s(self) -> float:
+        tokens = self.binder.held_tokens() if self.binder is not None else 0
+        now_s = time.monotonic()
+        attached = [link for link in self.pool.links() if link.attached]
+        views = [(self.dispatcher.view(link, now_s), link.instance.budget) for link in attached]
+        return max((held_s(tokens, view, budget) for view, budget in views), default=0.0)

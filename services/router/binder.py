@@ -65,6 +65,10 @@ class Binder:
         """Return the prefill tokens that a newcomer waits for here."""
         return self._waiting.backlog_tokens()
 
+    def held_tokens(self) -> int:
+        """Return the prefill tokens of all that is held, relegated requests included."""
+        return sum(held.queued.remaining_tokens for held in self._held.values())
+
     def hold(self, request: LiveRequest, why: str) -> None:
         """Keep a request that has not started anywhere until a worker has room."""
         held = _Held(request, request.queued(), time.monotonic())

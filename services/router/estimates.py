@@ -52,6 +52,19 @@ def newcomer_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
     return (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget)
 
 
+def backlog_s(view: InstanceView, budget: BudgetPolicy) -> float:
+    """Return the seconds until everything queued on an instance, relegated requests included, has its first token."""
+    pace = instance_pace(view, budget)
+    work_s = sum(map(pace.remaining_work_s, view.queue))
+    return pace.finish_s(work_s) if work_s > 0 else 0.0
+
+
+def held_s(tokens: int, view: InstanceView, budget: BudgetPolicy) -> float:
+    """Return the seconds that an instance, were it to do nothing else, would take for this many prefill tokens."""
+    pace = instance_pace(view, budget)
+    return pace.finish_s(pace.token_s * tokens) if tokens else 0.0
+
+
 def in_order(
     view: InstanceView, now_s: float, order: OrderPolicy, budget: BudgetPolicy
 ) -> tuple[list[QueuedRequest], list[TtftEstimate], PrefillPace]:

@@ -27,6 +27,9 @@ LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
 PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")
 HELD = Gauge("ascendra_router_held_requests", "Requests kept until a worker has room (late binding).")
 HELD_RELEGATED = Gauge("ascendra_router_held_relegated_requests", "Of these, served behind all others.")
+HELD_BACKLOG = Gauge(
+    "ascendra_router_held_backlog_seconds", "Time that one worker would take for the prefills of all held requests."
+)
 HOLD_SECONDS = Histogram(
     "ascendra_router_hold_seconds", "Wait in the router until a worker had room (late binding).", buckets=TTFT_BUCKETS_S
 )
@@ -67,8 +70,8 @@ class GapHistogram(Collector):
         return [family]
 
 
-WorkerRow = tuple[str, float, float, float, float]
-"""Worker id, requests waiting there, prefill work of these, telemetry age and round trip, in seconds."""
+WorkerRow = tuple[str, str, float, float, float, float, float]
+"""Worker id, role, requests waiting there; prefill work of these, backlog, telemetry age, round trip in seconds."""
 
 
 class WorkerGauges(Collector):
@@ -87,12 +90,18 @@ class WorkerGauges(Collector):
             "ascendra_router_telemetry_age_seconds", "Time since a worker's last message.", labels=["worker"]
         )
         trip = GaugeMetricFamily("ascendra_router_round_trip_seconds", "Round trip of the stream.", labels=["worker"])
-        for worker_id, queued, work_s, age_s, round_trip_s in self.rows():
+        backlog = GaugeMetricFamily(
+            "ascendra_router_backlog_seconds",
+            "Predicted time until everything queued on a worker has its first token: what to scale on.",
+            labels=["worker", "role"],
+        )
+        for worker_id, role, queued, work_s, backlog_s, age_s, round_trip_s in self.rows():
             waiting.add_metric([worker_id], queued)
             work.add_metric([worker_id], work_s)
+            backlog.add_metric([worker_id, role], backlog_s)
             age.add_metric([worker_id], age_s)
             trip.add_metric([worker_id], round_trip_s)
-        return [waiting, work, age, trip]
+        return [waiting, work, backlog, age, trip]
 
 
 SinkRow = tuple[str, bool, int, int, int, int, int]

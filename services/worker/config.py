@@ -32,7 +32,13 @@ class WorkerConfig:
     vocab_size: int = option(128_256, "vocabulary size (emulated engine without a model)")
     dtype: str = option("auto", "weights and activations: auto, float32, bfloat16, float16")
     seed: int = option(0, "seed of the engine, and of the emulated engine's jitter")
-    tensor_parallel_size: int = option(1, "GPUs the model is split over")
+    tensor_parallel_size: int = option(1, "GPUs over which every layer is split")
+    pipeline_parallel_size: int = option(
+        1, "groups of that many GPUs over which the layers are spread; above 1 only with the static token budget"
+    )
+    executor: Literal["auto", "mp", "ray"] = option(
+        "auto", "what runs a model on several GPUs: processes of this machine, or the Ray cluster it belongs to"
+    )
     prefix_caching: bool = option(True, "reuse the KV cache of shared prefixes")
     guided_decoding: bool = option(True, "load the tokenizer, for structured output and bad words")
     scheduler: Literal["policy", "stock"] = option(
@@ -60,11 +66,18 @@ class WorkerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log line written")
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_live_requests", "heartbeat_ms"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_live_requests", "heartbeat_ms")
+        for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not self.model and self.engine != "emulated":
             raise ValueError(f"model must be set for the {self.engine} engine")
+        gpus = self.tensor_parallel_size * self.pipeline_parallel_size
+        if self.engine == "emulated" and (gpus > 1 or self.executor != "auto"):
+            raise ValueError("the emulated engine runs on no GPU: tensor- and pipeline-parallel-size must be 1")
+        if self.pipeline_parallel_size > 1 and self.token_budget == "dynamic" and self.scheduler == "policy":
+            # Several steps are in flight then, so that a stream's gap is several steps, which the budget does not plan.
+            raise ValueError("pipeline-parallel-size above 1 needs token-budget: static")
 
     @property
     def effective_worker_id(self) -> str:
@@ -92,6 +105,8 @@ class WorkerConfig:
             kv_capacity_tokens=self.kv_capacity_tokens,
             vocab_size=self.vocab_size,
             tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            executor=self.executor,
             prefix_caching=self.prefix_caching,
             guided_decoding=self.guided_decoding and not emulated,
             stock_scheduler=self.scheduler == "stock",

@@ -265,9 +265,12 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         "dtype": settings.dtype,
         "enable_prefix_caching": settings.prefix_caching,
         "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
         "skip_tokenizer_init": emulated or not settings.guided_decoding,
         "additional_config": {"ascendra": ours},
     }
+    if settings.executor != "auto":
+        options["distributed_executor_backend"] = settings.executor
     if settings.kv_cache_memory_bytes:
         options["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if settings.engine == "cpu":

@@ -41,6 +41,9 @@ class EngineSettings:
     vocab_size: int = 0
     """Emulated engine without a model only."""
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    executor: str = "auto"
+    """"auto" leaves it to vLLM, "mp" or "ray"."""
     prefix_caching: bool = True
     guided_decoding: bool = True
     stock_scheduler: bool = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,9 +56,10 @@ async def test_a_terminated_router_finishes_its_streams(
                 collected.add(response)
                 if len(collected.token_ids) == 3:
                     assert (await http.get(f"http://{process.http}/health")).status_code == 200
-                    assert (
-                        "ascendra_router_live_requests 1.0" in (await http.get(f"http://{process.http}/metrics")).text
-                    )
+                    exported = (await http.get(f"http://{process.http}/metrics")).text
+                    assert "ascendra_router_live_requests 1.0" in exported
+                    assert re.search(r'^ascendra_router_backlog_seconds{role="\w+",worker="\w+"} 0\.0$', exported, re.M)
+                    assert "ascendra_router_held_backlog_seconds 0.0" in exported
                     process.terminate()
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         while True:

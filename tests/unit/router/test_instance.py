@@ -5,6 +5,7 @@ import pytest
 from ascendra.v1 import common_pb2, worker_pb2
 from services.policy.state import Role, Slo
 from services.policy.token_budget import BudgetPolicy
+from services.router.estimates import backlog_s
 from services.router.instance import OTHERS, Instance, Placed
 from services.router.mailbox import Mailbox
 from services.router.prediction import token_load_model
@@ -54,6 +55,21 @@ def test_other_routers_load_counts() -> None:
     queue = {queued.request_id: queued for queued in worker.refresh(MODEL, 101.0).queue}
     assert queue[OTHERS].remaining_tokens == 600
     assert queue[OTHERS].started
+
+
+def test_backlog_counts_what_was_given_up_and_what_is_others() -> None:
+    """What to scale on grows with the queue, relegated requests and other routers' included; 0 for an idle worker."""
+    worker = instance()
+    backlogs = [backlog_s(worker.refresh(MODEL, 100.0), worker.budget)]
+    first = placed(1, prompt_tokens=3000)
+    worker.submitted(first)
+    backlogs.append(backlog_s(worker.refresh(MODEL, 100.0), worker.budget))
+    first.queued.relegated = True
+    assert backlog_s(worker.refresh(MODEL, 100.0), worker.budget) == backlogs[-1]
+    worker.telemetry(telemetry(queued_prefill_tokens=9000), 101.0)
+    backlogs.append(backlog_s(worker.refresh(MODEL, 101.0), worker.budget))
+    assert backlogs[0] == 0.0
+    assert backlogs[0] < backlogs[1] < backlogs[2]
 
 
 def test_progress_of_started_requests_is_inferred() -> None:

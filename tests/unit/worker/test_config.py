@@ -37,6 +37,23 @@ def test_an_engine_with_weights_needs_a_model() -> None:
     assert resolve(WorkerConfig, flags={"engine": "emulated"}).engine_settings().emulated_step_time == A100_LLAMA3_8B
 
 
+def test_a_model_may_be_split_over_gpus() -> None:
+    """Sizes and executor reach the engine's settings; what no engine can do is refused by name."""
+    base = {"engine": "cuda", "model": "m", "tensor_parallel_size": "4"}
+    settings = resolve(WorkerConfig, flags={**base, "executor": "ray"}).engine_settings()
+    assert (settings.tensor_parallel_size, settings.pipeline_parallel_size, settings.executor) == (4, 1, "ray")
+    pipelined = {**base, "pipeline_parallel_size": "2", "token_budget": "static"}
+    assert resolve(WorkerConfig, flags=pipelined).engine_settings().pipeline_parallel_size == 2
+    for flags, complaint in (
+        ({**base, "pipeline_parallel_size": "2"}, "token-budget"),
+        ({**base, "tensor_parallel_size": "0"}, "tensor-parallel-size"),
+        ({**base, "executor": "slurm"}, "executor"),
+        ({"engine": "emulated", "tensor_parallel_size": "2"}, "emulated"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            resolve(WorkerConfig, flags=flags)
+
+
 def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
     """The usual precedence."""
     file = tmp_path / "w.yaml"
