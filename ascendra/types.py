@@ -193,6 +193,8 @@ class Attempt:
     """"placed", "offloaded", "ticketed", "moved", ... and the rule that fired."""
     first_token_offset: int
     """Offset of the first token that it delivered."""
+    moved_by: str = ""
+    """How it came by the KV cache of a stream that began elsewhere: "kv" (read from there) or "replay" (computed)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def receipt_from_wire(receipt: inference_pb2.SloReceipt) -> types.Receipt:
         tbt_met=receipt.tbt_met,
         pool=role_from_wire(receipt.pool),
         attempts=tuple(
-            types.Attempt(a.number, a.worker_id, role_from_wire(a.role), a.reason, a.first_token_offset)
+            types.Attempt(a.number, a.worker_id, role_from_wire(a.role), a.reason, a.first_token_offset, a.moved_by)
             for a in receipt.attempts
         ),
         relegated=receipt.relegated,

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from ascendra.v1 import common_pb2 as ascendra_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61scendra/v1/inference.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"X\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.ascendra.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"\xe2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.ascendra.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x05 \x01(\x0b\x32\x18.ascendra.v1.TokenPromptH\x00\x12\x31\n\x08sampling\x18\x06 \x01(\x0b\x32\x1f.ascendra.v1.SamplingParameters\x12\x1d\n\x03slo\x18\x07 \x01(\x0b\x32\x10.ascendra.v1.Slo\x12\x11\n\tslo_class\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x12\n\nsession_id\x18\x0b \x01(\t\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x30\n\x0bon_overload\x18\r \x01(\x0e\x32\x1b.ascendra.v1.OverloadAction\x12\x13\n\x0btokens_only\x18\x0e \x01(\x08\x12\r\n\x05sinks\x18\x0f \x03(\t\x12#\n\x06resume\x18\x10 \x01(\x0b\x32\x13.ascendra.v1.Resume\x12\x13\n\x0btraceparent\x18\x11 \x01(\tB\x08\n\x06prompt\"?\n\x06Resume\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x12\n\ntext_bytes\x18\x03 \x01(\r\"\x9c\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rresume_cursor\x18\x02 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x30\n\rmove_contract\x18\x04 \x01(\x0e\x32\x19.ascendra.v1.MoveContract\x12\x1c\n\x14move_contract_reason\x18\x05 \x01(\t\"y\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1a\n\x12\x66irst_token_offset\x18\x05 \x01(\r\"\xbb\x02\n\nSloReceipt\x12 \n\x06target\x18\x01 \x01(\x0b\x32\x10.ascendra.v1.Slo\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x12\n\nmax_gap_ms\x18\x03 \x01(\x01\x12\x12\n\np99_gap_ms\x18\x04 \x01(\x01\x12\x13\n\x0bmean_gap_ms\x18\x05 \x01(\x01\x12\x10\n\x08ttft_met\x18\x06 \x01(\x08\x12\x0f\n\x07tbt_met\x18\x07 \x01(\x08\x12\x1f\n\x04pool\x18\x08 \x01(\x0e\x32\x11.ascendra.v1.Role\x12&\n\x08\x61ttempts\x18\t \x03(\x0b\x32\x14.ascendra.v1.Attempt\x12\x11\n\trelegated\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x30\n\rmove_contract\x18\x0c \x01(\x0e\x32\x19.ascendra.v1.MoveContract\"\xc5\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.ascendra.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.ascendra.v1.Usage\x12(\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.ascendra.v1.SloReceiptB\x10\n\x0e_stop_token_id\"\xcc\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.ascendra.v1.Accepted\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12/\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1d.ascendra.v1.PositionLogprobs\x12\'\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x15.ascendra.v1.Finished\"u\n\x0eSessionRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.ascendra.v1.SessionStartH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.ascendra.v1.SessionCancelH\x00\x42\t\n\x07message\"M\n\x0cSessionStart\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.ascendra.v1.GenerateRequest\"\x1f\n\rSessionCancel\x12\x0e\n\x06handle\x18\x01 \x01(\r\"y\n\x0cSessionError\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nretry_safe\x18\x05 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x06 \x01(\r\"o\n\rSessionTokens\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x15\n\rtoken_offsets\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\r\n\x05texts\x18\x05 \x03(\t\"N\n\x0bSessionItem\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1d.ascendra.v1.GenerateResponse\"\x91\x01\n\x0fSessionResponse\x12*\n\x06tokens\x18\x01 \x01(\x0b\x32\x1a.ascendra.v1.SessionTokens\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.ascendra.v1.SessionItem\x12)\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x19.ascendra.v1.SessionError\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.ascendra.v1.ChatPromptH\x00\x12\x1b\n\x13skip_special_tokens\x18\x04 \x01(\x08\x42\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ascendra.v1.Model*k\n\x0eOverloadAction\x12\x1f\n\x1bOVERLOAD_ACTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18OVERLOAD_ACTION_RELEGATE\x10\x01\x12\x1a\n\x16OVERLOAD_ACTION_REFUSE\x10\x02\x32\x8e\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.ascendra.v1.GenerateRequest\x1a\x1d.ascendra.v1.GenerateResponse0\x01\x12H\n\x07Session\x12\x1b.ascendra.v1.SessionRequest\x1a\x1c.ascendra.v1.SessionResponse(\x01\x30\x01\x12G\n\x08Tokenize\x12\x1c.ascendra.v1.TokenizeRequest\x1a\x1d.ascendra.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.ascendra.v1.DetokenizeRequest\x1a\x1f.ascendra.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.ascendra.v1.ListModelsRequest\x1a\x1f.ascendra.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61scendra/v1/inference.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"X\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.ascendra.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"\xe2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.ascendra.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x05 \x01(\x0b\x32\x18.ascendra.v1.TokenPromptH\x00\x12\x31\n\x08sampling\x18\x06 \x01(\x0b\x32\x1f.ascendra.v1.SamplingParameters\x12\x1d\n\x03slo\x18\x07 \x01(\x0b\x32\x10.ascendra.v1.Slo\x12\x11\n\tslo_class\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x12\n\nsession_id\x18\x0b \x01(\t\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x30\n\x0bon_overload\x18\r \x01(\x0e\x32\x1b.ascendra.v1.OverloadAction\x12\x13\n\x0btokens_only\x18\x0e \x01(\x08\x12\r\n\x05sinks\x18\x0f \x03(\t\x12#\n\x06resume\x18\x10 \x01(\x0b\x32\x13.ascendra.v1.Resume\x12\x13\n\x0btraceparent\x18\x11 \x01(\tB\x08\n\x06prompt\"?\n\x06Resume\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x12\n\ntext_bytes\x18\x03 \x01(\r\"\x9c\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rresume_cursor\x18\x02 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x30\n\rmove_contract\x18\x04 \x01(\x0e\x32\x19.ascendra.v1.MoveContract\x12\x1c\n\x14move_contract_reason\x18\x05 \x01(\t\"\x8b\x01\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1a\n\x12\x66irst_token_offset\x18\x05 \x01(\r\x12\x10\n\x08moved_by\x18\x06 \x01(\t\"\xbb\x02\n\nSloReceipt\x12 \n\x06target\x18\x01 \x01(\x0b\x32\x10.ascendra.v1.Slo\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x12\n\nmax_gap_ms\x18\x03 \x01(\x01\x12\x12\n\np99_gap_ms\x18\x04 \x01(\x01\x12\x13\n\x0bmean_gap_ms\x18\x05 \x01(\x01\x12\x10\n\x08ttft_met\x18\x06 \x01(\x08\x12\x0f\n\x07tbt_met\x18\x07 \x01(\x08\x12\x1f\n\x04pool\x18\x08 \x01(\x0e\x32\x11.ascendra.v1.Role\x12&\n\x08\x61ttempts\x18\t \x03(\x0b\x32\x14.ascendra.v1.Attempt\x12\x11\n\trelegated\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x30\n\rmove_contract\x18\x0c \x01(\x0e\x32\x19.ascendra.v1.MoveContract\"\xc5\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.ascendra.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.ascendra.v1.Usage\x12(\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.ascendra.v1.SloReceiptB\x10\n\x0e_stop_token_id\"\xcc\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.ascendra.v1.Accepted\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12/\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1d.ascendra.v1.PositionLogprobs\x12\'\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x15.ascendra.v1.Finished\"u\n\x0eSessionRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.ascendra.v1.SessionStartH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.ascendra.v1.SessionCancelH\x00\x42\t\n\x07message\"M\n\x0cSessionStart\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.ascendra.v1.GenerateRequest\"\x1f\n\rSessionCancel\x12\x0e\n\x06handle\x18\x01 \x01(\r\"y\n\x0cSessionError\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nretry_safe\x18\x05 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x06 \x01(\r\"o\n\rSessionTokens\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x15\n\rtoken_offsets\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\r\n\x05texts\x18\x05 \x03(\t\"N\n\x0bSessionItem\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1d.ascendra.v1.GenerateResponse\"\x91\x01\n\x0fSessionResponse\x12*\n\x06tokens\x18\x01 \x01(\x0b\x32\x1a.ascendra.v1.SessionTokens\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.ascendra.v1.SessionItem\x12)\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x19.ascendra.v1.SessionError\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.ascendra.v1.ChatPromptH\x00\x12\x1b\n\x13skip_special_tokens\x18\x04 \x01(\x08\x42\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ascendra.v1.Model*k\n\x0eOverloadAction\x12\x1f\n\x1bOVERLOAD_ACTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18OVERLOAD_ACTION_RELEGATE\x10\x01\x12\x1a\n\x16OVERLOAD_ACTION_REFUSE\x10\x02\x32\x8e\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.ascendra.v1.GenerateRequest\x1a\x1d.ascendra.v1.GenerateResponse0\x01\x12H\n\x07Session\x12\x1b.ascendra.v1.SessionRequest\x1a\x1c.ascendra.v1.SessionResponse(\x01\x30\x01\x12G\n\x08Tokenize\x12\x1c.ascendra.v1.TokenizeRequest\x1a\x1d.ascendra.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.ascendra.v1.DetokenizeRequest\x1a\x1f.ascendra.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.ascendra.v1.ListModelsRequest\x1a\x1f.ascendra.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ascendra.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OVERLOADACTION']._serialized_start=2916
-  _globals['_OVERLOADACTION']._serialized_end=3023
+  _globals['_OVERLOADACTION']._serialized_start=2935
+  _globals['_OVERLOADACTION']._serialized_end=3042
   _globals['_CHATMESSAGE']._serialized_start=70
   _globals['_CHATMESSAGE']._serialized_end=114
   _globals['_CHATPROMPT']._serialized_start=116
@@ -46,42 +46,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUME']._serialized_end=788
   _globals['_ACCEPTED']._serialized_start=791
   _globals['_ACCEPTED']._serialized_end=947
-  _globals['_ATTEMPT']._serialized_start=949
-  _globals['_ATTEMPT']._serialized_end=1070
-  _globals['_SLORECEIPT']._serialized_start=1073
-  _globals['_SLORECEIPT']._serialized_end=1388
-  _globals['_FINISHED']._serialized_start=1391
-  _globals['_FINISHED']._serialized_end=1588
-  _globals['_GENERATERESPONSE']._serialized_start=1591
-  _globals['_GENERATERESPONSE']._serialized_end=1795
-  _globals['_SESSIONREQUEST']._serialized_start=1797
-  _globals['_SESSIONREQUEST']._serialized_end=1914
-  _globals['_SESSIONSTART']._serialized_start=1916
-  _globals['_SESSIONSTART']._serialized_end=1993
-  _globals['_SESSIONCANCEL']._serialized_start=1995
-  _globals['_SESSIONCANCEL']._serialized_end=2026
-  _globals['_SESSIONERROR']._serialized_start=2028
-  _globals['_SESSIONERROR']._serialized_end=2149
-  _globals['_SESSIONTOKENS']._serialized_start=2151
-  _globals['_SESSIONTOKENS']._serialized_end=2262
-  _globals['_SESSIONITEM']._serialized_start=2264
-  _globals['_SESSIONITEM']._serialized_end=2342
-  _globals['_SESSIONRESPONSE']._serialized_start=2345
-  _globals['_SESSIONRESPONSE']._serialized_end=2490
-  _globals['_TOKENIZEREQUEST']._serialized_start=2492
-  _globals['_TOKENIZEREQUEST']._serialized_end=2619
-  _globals['_TOKENIZERESPONSE']._serialized_start=2621
-  _globals['_TOKENIZERESPONSE']._serialized_end=2681
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2683
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2736
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2738
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2772
-  _globals['_LISTMODELSREQUEST']._serialized_start=2774
-  _globals['_LISTMODELSREQUEST']._serialized_end=2793
-  _globals['_MODEL']._serialized_start=2795
-  _globals['_MODEL']._serialized_end=2856
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2858
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2914
-  _globals['_INFERENCESERVICE']._serialized_start=3026
-  _globals['_INFERENCESERVICE']._serialized_end=3424
+  _globals['_ATTEMPT']._serialized_start=950
+  _globals['_ATTEMPT']._serialized_end=1089
+  _globals['_SLORECEIPT']._serialized_start=1092
+  _globals['_SLORECEIPT']._serialized_end=1407
+  _globals['_FINISHED']._serialized_start=1410
+  _globals['_FINISHED']._serialized_end=1607
+  _globals['_GENERATERESPONSE']._serialized_start=1610
+  _globals['_GENERATERESPONSE']._serialized_end=1814
+  _globals['_SESSIONREQUEST']._serialized_start=1816
+  _globals['_SESSIONREQUEST']._serialized_end=1933
+  _globals['_SESSIONSTART']._serialized_start=1935
+  _globals['_SESSIONSTART']._serialized_end=2012
+  _globals['_SESSIONCANCEL']._serialized_start=2014
+  _globals['_SESSIONCANCEL']._serialized_end=2045
+  _globals['_SESSIONERROR']._serialized_start=2047
+  _globals['_SESSIONERROR']._serialized_end=2168
+  _globals['_SESSIONTOKENS']._serialized_start=2170
+  _globals['_SESSIONTOKENS']._serialized_end=2281
+  _globals['_SESSIONITEM']._serialized_start=2283
+  _globals['_SESSIONITEM']._serialized_end=2361
+  _globals['_SESSIONRESPONSE']._serialized_start=2364
+  _globals['_SESSIONRESPONSE']._serialized_end=2509
+  _globals['_TOKENIZEREQUEST']._serialized_start=2511
+  _globals['_TOKENIZEREQUEST']._serialized_end=2638
+  _globals['_TOKENIZERESPONSE']._serialized_start=2640
+  _globals['_TOKENIZERESPONSE']._serialized_end=2700
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2702
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2755
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2757
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2791
+  _globals['_LISTMODELSREQUEST']._serialized_start=2793
+  _globals['_LISTMODELSREQUEST']._serialized_end=2812
+  _globals['_MODEL']._serialized_start=2814
+  _globals['_MODEL']._serialized_end=2875
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2877
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2933
+  _globals['_INFERENCESERVICE']._serialized_start=3045
+  _globals['_INFERENCESERVICE']._serialized_end=3443
 # @@protoc_insertion_point(module_scope)

@@ -102,18 +102,20 @@ class Accepted(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., resume_cursor: _Optional[bytes] = ..., prompt_tokens: _Optional[int] = ..., move_contract: _Optional[_Union[_common_pb2.MoveContract, str]] = ..., move_contract_reason: _Optional[str] = ...) -> None: ...
 
 class Attempt(_message.Message):
-    __slots__ = ("number", "worker_id", "role", "reason", "first_token_offset")
+    __slots__ = ("number", "worker_id", "role", "reason", "first_token_offset", "moved_by")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BY_FIELD_NUMBER: _ClassVar[int]
     number: int
     worker_id: str
     role: _common_pb2.Role
     reason: str
     first_token_offset: int
-    def __init__(self, number: _Optional[int] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., reason: _Optional[str] = ..., first_token_offset: _Optional[int] = ...) -> None: ...
+    moved_by: str
+    def __init__(self, number: _Optional[int] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., reason: _Optional[str] = ..., first_token_offset: _Optional[int] = ..., moved_by: _Optional[str] = ...) -> None: ...
 
 class SloReceipt(_message.Message):
     __slots__ = ("target", "ttft_ms", "max_gap_ms", "p99_gap_ms", "mean_gap_ms", "ttft_met", "tbt_met", "pool", "attempts", "relegated", "seed", "move_contract")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("hello", "submit", "withdraw", "cancel", "set_role", "begin_drain", "step_time_model", "ping", "reprioritise")
+    __slots__ = ("hello", "submit", "withdraw", "cancel", "set_role", "begin_drain", "step_time_model", "ping", "reprioritise", "export_kv", "release_kv")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     WITHDRAW_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,8 @@ class AttachRequest(_message.Message):
     STEP_TIME_MODEL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     REPRIORITISE_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_KV_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_KV_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     withdraw: Withdraw
@@ -27,10 +29,12 @@ class AttachRequest(_message.Message):
     step_time_model: _common_pb2.StepTimeModel
     ping: Ping
     reprioritise: Reprioritise
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ..., begin_drain: _Optional[_Union[BeginDrain, _Mapping]] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., reprioritise: _Optional[_Union[Reprioritise, _Mapping]] = ...) -> None: ...
+    export_kv: ExportKv
+    release_kv: ReleaseKv
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ..., begin_drain: _Optional[_Union[BeginDrain, _Mapping]] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., reprioritise: _Optional[_Union[Reprioritise, _Mapping]] = ..., export_kv: _Optional[_Union[ExportKv, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "step", "withdrawn", "failed", "heartbeat", "pong", "role_changed", "draining", "cancelled")
+    __slots__ = ("welcome", "step", "withdrawn", "failed", "heartbeat", "pong", "role_changed", "draining", "cancelled", "kv_exported")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +44,7 @@ class AttachResponse(_message.Message):
     ROLE_CHANGED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    KV_EXPORTED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: StepOutput
     withdrawn: Withdrawn
@@ -49,7 +54,8 @@ class AttachResponse(_message.Message):
     role_changed: RoleChanged
     draining: Draining
     cancelled: Cancelled
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., role_changed: _Optional[_Union[RoleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ...) -> None: ...
+    kv_exported: KvExported
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., role_changed: _Optional[_Union[RoleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., kv_exported: _Optional[_Union[KvExported, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "protocol_version")
@@ -60,7 +66,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining", "continuation")
+    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining", "continuation", "kv_transfer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +84,7 @@ class Welcome(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     protocol_version: int
     role: _common_pb2.Role
@@ -95,7 +102,8 @@ class Welcome(_message.Message):
     policy: SchedulingPolicy
     draining: bool
     continuation: Continuation
-    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ...) -> None: ...
+    kv_transfer: KvTransfer
+    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., kv_transfer: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("keyed_noise", "carried_penalties", "dtype")
@@ -106,6 +114,16 @@ class Continuation(_message.Message):
     carried_penalties: bool
     dtype: str
     def __init__(self, keyed_noise: bool = ..., carried_penalties: bool = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class KvTransfer(_message.Message):
+    __slots__ = ("compatibility", "bytes_per_token", "lease_ms")
+    COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    compatibility: str
+    bytes_per_token: int
+    lease_ms: int
+    def __init__(self, compatibility: _Optional[str] = ..., bytes_per_token: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class SchedulingPolicy(_message.Message):
     __slots__ = ("value_function", "token_budget", "relegation")
@@ -118,7 +136,7 @@ class SchedulingPolicy(_message.Message):
     def __init__(self, value_function: _Optional[str] = ..., token_budget: _Optional[str] = ..., relegation: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "attempt", "token_ids", "generated_tokens", "sampling", "slo", "age_ms", "priority", "urgent", "ticketed", "relegated", "traceparent", "last_token_age_ms")
+    __slots__ = ("handle", "request_id", "attempt", "token_ids", "generated_tokens", "sampling", "slo", "age_ms", "priority", "urgent", "ticketed", "relegated", "traceparent", "last_token_age_ms", "kv_handle")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +151,7 @@ class Submit(_message.Message):
     RELEGATED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     LAST_TOKEN_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    KV_HANDLE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     attempt: int
@@ -147,7 +166,8 @@ class Submit(_message.Message):
     relegated: bool
     traceparent: str
     last_token_age_ms: float
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., generated_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., age_ms: _Optional[float] = ..., priority: _Optional[int] = ..., urgent: bool = ..., ticketed: bool = ..., relegated: bool = ..., traceparent: _Optional[str] = ..., last_token_age_ms: _Optional[float] = ...) -> None: ...
+    kv_handle: bytes
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., generated_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., age_ms: _Optional[float] = ..., priority: _Optional[int] = ..., urgent: bool = ..., ticketed: bool = ..., relegated: bool = ..., traceparent: _Optional[str] = ..., last_token_age_ms: _Optional[float] = ..., kv_handle: _Optional[bytes] = ...) -> None: ...
 
 class Withdraw(_message.Message):
     __slots__ = ("withdraw_id", "handles")
@@ -166,6 +186,34 @@ class Withdrawn(_message.Message):
     withdrawn_handles: _containers.RepeatedScalarFieldContainer[int]
     kept_handles: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, withdraw_id: _Optional[int] = ..., withdrawn_handles: _Optional[_Iterable[int]] = ..., kept_handles: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ExportKv(_message.Message):
+    __slots__ = ("export_id", "handle")
+    EXPORT_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    export_id: int
+    handle: int
+    def __init__(self, export_id: _Optional[int] = ..., handle: _Optional[int] = ...) -> None: ...
+
+class KvExported(_message.Message):
+    __slots__ = ("export_id", "handle", "refused", "kv_handle", "next_offset")
+    EXPORT_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    KV_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    export_id: int
+    handle: int
+    refused: str
+    kv_handle: bytes
+    next_offset: int
+    def __init__(self, export_id: _Optional[int] = ..., handle: _Optional[int] = ..., refused: _Optional[str] = ..., kv_handle: _Optional[bytes] = ..., next_offset: _Optional[int] = ...) -> None: ...
+
+class ReleaseKv(_message.Message):
+    __slots__ = ("handles",)
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
+    handles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handles",)
@@ -240,7 +288,7 @@ class Reprioritise(_message.Message):
     def __init__(self, handles: _Optional[_Iterable[int]] = ..., relegated: bool = ...) -> None: ...
 
 class StepOutput(_message.Message):
-    __slots__ = ("sequence", "handles", "token_counts", "token_ids", "logprobs", "ended", "started_handles", "telemetry", "relegated_handles")
+    __slots__ = ("sequence", "handles", "token_counts", "token_ids", "logprobs", "ended", "started_handles", "telemetry", "relegated_handles", "kv_failed_handles")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +298,7 @@ class StepOutput(_message.Message):
     STARTED_HANDLES_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
     RELEGATED_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    KV_FAILED_HANDLES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     handles: _containers.RepeatedScalarFieldContainer[int]
     token_counts: _containers.RepeatedScalarFieldContainer[int]
@@ -259,7 +308,8 @@ class StepOutput(_message.Message):
     started_handles: _containers.RepeatedScalarFieldContainer[int]
     telemetry: _containers.RepeatedCompositeFieldContainer[_common_pb2.StepTelemetry]
     relegated_handles: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[HandleLogprobs, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[RequestEnded, _Mapping]]] = ..., started_handles: _Optional[_Iterable[int]] = ..., telemetry: _Optional[_Iterable[_Union[_common_pb2.StepTelemetry, _Mapping]]] = ..., relegated_handles: _Optional[_Iterable[int]] = ...) -> None: ...
+    kv_failed_handles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[HandleLogprobs, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[RequestEnded, _Mapping]]] = ..., started_handles: _Optional[_Iterable[int]] = ..., telemetry: _Optional[_Iterable[_Union[_common_pb2.StepTelemetry, _Mapping]]] = ..., relegated_handles: _Optional[_Iterable[int]] = ..., kv_failed_handles: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HandleLogprobs(_message.Message):
     __slots__ = ("handle", "positions")

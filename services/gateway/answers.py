@@ -194,6 +194,7 @@ def receipt_json(choice: Choice) -> dict[str, Any]:
                 "role": attempt.role,
                 "reason": attempt.reason,
                 "first_token_offset": attempt.first_token_offset,
+                "moved_by": attempt.moved_by,
             }
             for attempt in receipt.attempts
         ],

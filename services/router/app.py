@@ -25,6 +25,7 @@ from services.router.discovery import WorkerPool
 from services.router.dispatcher import Dispatcher
 from services.router.estimates import backlog_s, held_s
 from services.router.instance import Instance
+from services.router.mover import Mover
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
 from services.router.relay import Relays
@@ -62,8 +63,9 @@ class Router:
         self.dispatcher = Dispatcher(config, self.predictions, self.decision_log, self.pool.links)
         self.rebalancer = Rebalancer(self.dispatcher)
         self.binder = Binder(self.dispatcher, self.rebalancer) if config.placement == LATE else None
+        self.mover = Mover(self.dispatcher)
         self.relays = Relays(config.sinks, self.router_id)
-        self._events = WorkerEvents(self.dispatcher, self.rebalancer)
+        self._events = WorkerEvents(self.dispatcher, self.rebalancer, self.mover)
         self.closing = asyncio.Event()
         self.started = asyncio.Event()
         self.address = ""
@@ -143,6 +145,7 @@ class Router:
             tasks.create_task(self.rebalancer.run())
             if self.binder is not None:
                 tasks.create_task(self.binder.run())
+            tasks.create_task(self.mover.run())
             tasks.create_task(self.relays.run())
             tasks.create_task(self._monitor(server))
             if self.config.elastic_roles:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from services.common.config import option
 from services.policy.admission import AdmissionPolicy
+from services.policy.kv_move import KvMovePolicy
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.placement import PLACEMENTS
@@ -120,6 +121,7 @@ class RouterConfig:
     elastic_roles: bool = option(False, "set the workers' roles: HPs follow the offload pressure; for one router only")
     decide_interval_ms: float = option(15.0, "longest time between two rounds of offload and ticket decisions")
     move_running: bool = option(True, "continue a stream on another worker when its worker fails or drains")
+    kv_moves: bool = option(True, "move running streams with their KV cache where workers can and it is faster")
     max_moves: int = option(5, "attempts of one request that may end because a worker failed")
     no_worker_wait_s: float = option(3.0, "a request waits this long for a worker when there is none, in seconds")
 
@@ -144,6 +146,7 @@ class RouterConfig:
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
     late_binding: LateBindingPolicy = option(LateBindingPolicy(), "when a worker has room, under --placement late")
+    kv_move_policy: KvMovePolicy = option(KvMovePolicy(), "prior and bounds of KV transfers")
     role_policy: RolePolicy = option(RolePolicy(), "share and hysteresis of HP workers under elastic-roles")
     budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
 

@@ -20,6 +20,7 @@ from services.common.errors import (
 from services.common.logging import get_logger
 from services.common.wire import ROLE_TO_PROTO
 from services.policy.admission import AdmissionAction, admit
+from services.policy.kv_move import MoveMethod
 from services.policy.order import OrderPolicy
 from services.policy.placement import Placement, PlacementPolicy, PlacementState, place, queue_ttft_s
 from services.policy.state import InstanceView, QueuedRequest
@@ -210,13 +211,26 @@ class Dispatcher:
             avoid: a worker that just gave it up; used only when there is no other.
         """
         now_s = time.monotonic()
-        links = {link.worker_id: link for link in self.links() if link.takes_requests(now_s)}
-        if self.binder is not None and links and kind == "place" and not request.has_tokens:
-            self.binder.hold(request, rule or "late binding")
+        if self.binder is not None and kind == "place" and not request.has_tokens:
+            if any(link.takes_requests(now_s) for link in self.links()):
+                self.binder.hold(request, rule or "late binding")
+            else:
+                self._park(request, now_s)
             return
+        choice, link = self.choose(request, now_s, avoid)
+        if link is None:
+            self._park(request, now_s)
+            return
+        reason = f"{rule}; {choice.rule}" if rule else choice.rule
+        self.submit(request, link, self._placement_record(request, kind, reason, choice, now_s))
+
+    def choose(
+        self, request: LiveRequest, now_s: float, avoid: WorkerLink | None = None
+    ) -> tuple[Placement, WorkerLink | None]:
+        """Return the placement policy's choice for a request, and the worker; None when none takes requests."""
+        links = {link.worker_id: link for link in self.links() if link.takes_requests(now_s)}
         if avoid is not None and len(links) > 1:
             links.pop(avoid.worker_id, None)
-        queued = request.queued()
         views = [self.view(link, now_s) for link in links.values()]
 
         def predict(view: InstanceView, new: QueuedRequest, _: BudgetPolicy) -> float:
@@ -224,13 +238,8 @@ class Dispatcher:
 
         affinity = request.spec.session_id
         state, default = self._placement_state, self.config.budget_policy
-        choice = place(queued, views, self._placement, state, default, affinity, predict)
-        if choice.worker_id is None:
-            self._park(request, now_s)
-            return
-        reason = f"{rule}; {choice.rule}" if rule else choice.rule
-        record = self._placement_record(request, kind, reason, choice, now_s)
-        self.submit(request, links[choice.worker_id], record)
+        choice = place(request.queued(), views, self._placement, state, default, affinity, predict)
+        return choice, links[choice.worker_id] if choice.worker_id is not None else None
 
     def submit(
         self,
@@ -242,6 +251,7 @@ class Dispatcher:
         ticketed: bool = False,
         relegated: bool = False,
         predicted: tuple[float, float] | None = None,
+        kv_handle: bytes = b"",
     ) -> None:
         """Begin an attempt on a worker.
 
@@ -249,6 +259,7 @@ class Dispatcher:
             record: the decision that sends it there; its kind names the attempt.
             relegated: served behind all others there.
             predicted: remaining seconds to the first token there and seconds of queue ahead; None computes them.
+            kv_handle: where the worker reads the KV cache of a stream that began elsewhere; empty: it computes it.
         """
         now_s = time.monotonic()
         if request.has_tokens:
@@ -256,16 +267,22 @@ class Dispatcher:
         role = ROLE_TO_PROTO[link.instance.view.role]
         number = request.place(link.worker_id, role, f"{record.kind}: {record.rule}")
         queued = request.queued(urgent=urgent, ticketed=ticketed)
+        if request.has_tokens:
+            request.moved_by(MoveMethod.KV if kv_handle else MoveMethod.REPLAY)
+        if kv_handle:
+            queued.computed_tokens = queued.prompt_tokens - 1
         handle = link.new_handle()
-        placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s)
-        placed.predicted_s, placed.queue_ahead_s = predicted or self._predict(link, queued, now_s)
+        placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s, by_kv=bool(kv_handle))
+        placed.predicted_s, placed.queue_ahead_s = predicted or self.predict(link, queued, now_s)
         ratio = self.predictions.p90_ratio(link.worker_id, placed.queue_ahead_s)
         placed.predicted_p90_s = placed.predicted_s * ratio
         record.to_worker_id = link.worker_id
         record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
         self.record(request, record)
         self._where[request.spec.request_id] = (link, placed)
-        message = request.submission(handle, now_s, urgent=urgent, ticketed=ticketed, relegated=relegated)
+        message = request.submission(
+            handle, now_s, urgent=urgent, ticketed=ticketed, relegated=relegated, kv_handle=kv_handle
+        )
         link.submit(placed, message)
         self.work_changed()
 
@@ -357,7 +374,7 @@ class Dispatcher:
         self._attained(request, served=False)
         return ResourceExhausted(message, reason=reason, retry_safe=True, retry_after_ms=retry_after_ms)
 
-    def _predict(self, link: WorkerLink, queued: QueuedRequest, now_s: float) -> tuple[float, float]:
+    def predict(self, link: WorkerLink, queued: QueuedRequest, now_s: float) -> tuple[float, float]:
         """Return predicted remaining seconds to the first token and seconds of queue ahead, in the engine's order."""
         view = self.view(link, now_s)
         view.queue.append(queued)

@@ -30,6 +30,10 @@ class Placed:
     decided_s: float
     """When it was last placed, moved, or refused a move."""
     withdrawing: bool = False
+    moving: bool = False
+    """Its worker was asked to hand it over with its KV cache."""
+    by_kv: bool = False
+    """It continues with a KV cache that is read from elsewhere."""
     delivered: bool = False
     """It has delivered a token."""
     predicted_s: float = 0.0

@@ -22,6 +22,17 @@ REFUSALS = Counter("ascendra_router_refusals", "Requests refused.", ["reason"])
 DROPPED_FRAMES = Counter("ascendra_router_dropped_frames", "Tokens or messages of workers not taken.", ["reason"])
 CANCEL_TIMEOUTS = Counter("ascendra_router_cancel_timeouts", "Cancellations that no worker acknowledged in time.")
 WITHDRAW_TIMEOUTS = Counter("ascendra_router_withdraw_timeouts", "Withdrawals that no worker answered in time.")
+KV_MOVES = Counter(
+    "ascendra_router_kv_moves",
+    "Moves by KV cache: read, failed (computed instead), timeout, refused by the source, lost with a worker, dropped.",
+    ["outcome"],
+)
+MOVE_SECONDS = Histogram(
+    "ascendra_router_move_seconds",
+    "Last token of a moved stream's attempt to the first token of the next one, by kv or replay.",
+    ["method"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0),
+)
 LINK_LOSSES = Counter("ascendra_router_link_losses", "Worker streams that ended, or could not be opened.")
 LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
 PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")

@@ -185,6 +185,10 @@ class LiveRequest:
         self.state = State.DECODE if self.has_tokens else State.WAITING
         return self.attempt
 
+    def moved_by(self, method: str) -> None:
+        """Say how the present attempt comes by the KV cache of a stream that began elsewhere."""
+        self.attempts[-1].moved_by = method
+
     def fence(self) -> None:
         """End the present attempt without a successor yet: whatever still comes from it is stale."""
         self._open = 0
@@ -302,7 +306,14 @@ class LiveRequest:
         )
 
     def submission(
-        self, handle: int, now_s: float, *, urgent: bool = False, ticketed: bool = False, relegated: bool = False
+        self,
+        handle: int,
+        now_s: float,
+        *,
+        urgent: bool = False,
+        ticketed: bool = False,
+        relegated: bool = False,
+        kv_handle: bytes = b"",
     ) -> worker_pb2.Submit:
         """Return the message that starts the present attempt; with tokens already delivered it continues them."""
         return worker_pb2.Submit(
@@ -320,6 +331,7 @@ class LiveRequest:
             relegated=relegated,
             traceparent=self.spec.traceparent,
             last_token_age_ms=(now_s - self.last_token_s) * 1000 if self.last_token_s else 0.0,
+            kv_handle=kv_handle,
         )
 
     def queued(self, *, urgent: bool = False, ticketed: bool = False) -> QueuedRequest:

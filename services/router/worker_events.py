@@ -10,6 +10,7 @@ from services.common.wire import model_from_proto
 from services.router import metrics
 from services.router.dispatcher import Dispatcher
 from services.router.instance import Placed
+from services.router.mover import Mover
 from services.router.rebalancer import Rebalancer
 from services.router.request import Drop, LiveRequest
 from services.router.worker_link import WorkerLink
@@ -24,9 +25,10 @@ _NOT_ITS_FAULT = ("DRAINING", "QUEUE_FULL")
 class WorkerEvents:
     """Takes the events of all links."""
 
-    def __init__(self, dispatcher: Dispatcher, rebalancer: Rebalancer) -> None:
+    def __init__(self, dispatcher: Dispatcher, rebalancer: Rebalancer, mover: Mover) -> None:
         self._dispatcher = dispatcher
         self._rebalancer = rebalancer
+        self._mover = mover
 
     def on_up(self, link: WorkerLink) -> None:
         """Use a worker that attached, first of all for requests that wait for one."""
@@ -49,6 +51,7 @@ class WorkerEvents:
     def on_down(self, link: WorkerLink, orphans: Sequence[Placed], why: str) -> None:
         """Move what was on a worker whose stream ended."""
         self._rebalancer.on_lost(link)
+        self._mover.on_lost(link)
         for twin in self._dispatcher.links():
             if twin is not link and twin.refused_why and twin.worker_id == link.worker_id:
                 twin.sever("its twin is gone")
@@ -102,6 +105,14 @@ class WorkerEvents:
         if link.instance.has_queue:
             self._dispatcher.work_changed()
 
+    def on_kv_exported(self, link: WorkerLink, exported: worker_pb2.KvExported) -> None:
+        """Pass the answer on to who asked."""
+        self._mover.on_exported(link, exported)
+
+    def on_cancelled(self, link: WorkerLink, handles: Sequence[int]) -> None:
+        """Let the sources of KV caches know that nobody reads them."""
+        self._mover.on_let_go(link, handles)
+
     def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
         """Pass the answer on to who asked."""
         self._rebalancer.on_withdrawn(link, withdrawn)
@@ -112,6 +123,7 @@ class WorkerEvents:
         if placed is None:
             return
         request = placed.request
+        self._mover.on_let_go(link, [failed.handle])
         self._dispatcher.detach(request)
         link.forget(placed)
         if failed.code == _INVALID_ARGUMENT:
@@ -136,6 +148,11 @@ class WorkerEvents:
             metrics.TTFT.labels(slo_class=request.spec.slo_class).observe(request.ttft_s)
         else:
             metrics.GAPS.observe(request.last_gap_s)
+        if moved_by := request.attempts[-1].moved_by:
+            metrics.MOVE_SECONDS.labels(method=moved_by).observe(request.last_gap_s)
+        self._mover.on_first_token(link, placed, now_s)
+        if placed.by_kv:
+            return  # says nothing of prefills
         self._dispatcher.predictions.report(
             predictor_pb2.Outcome(
                 worker_id=link.worker_id,
@@ -152,12 +169,14 @@ class WorkerEvents:
         if placed is None:
             return
         request = placed.request
+        self._mover.on_let_go(link, [end.handle])
         self._dispatcher.detach(request)
         link.forget(placed)
         link.breaker.succeeded()
         if request.ended:
             return
-        request.cached_prompt_tokens = max(request.cached_prompt_tokens, end.cached_prompt_tokens)
+        if not placed.by_kv:  # what was read from another worker is no hit of the prefix cache
+            request.cached_prompt_tokens = max(request.cached_prompt_tokens, end.cached_prompt_tokens)
         stop_token_id = end.stop_token_id if end.HasField("stop_token_id") else None
         self._dispatcher.finish(request, end.reason, stop_token_id)
 
@@ -167,6 +186,8 @@ class WorkerEvents:
         self._dispatcher.finish(request, common_pb2.FINISH_REASON_LENGTH)
 
     def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput) -> None:
+        for handle in step.kv_failed_handles:
+            self._mover.on_kv_failed(link, handle)
         for handle in step.started_handles:
             placed = link.placed.get(handle)
             if placed is not None:

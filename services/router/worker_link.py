@@ -55,6 +55,12 @@ class LinkEvents(Protocol):
     def on_draining(self, link: "WorkerLink", remaining_s: float) -> None:
         """The worker takes no new requests."""
 
+    def on_kv_exported(self, link: "WorkerLink", exported: worker_pb2.KvExported) -> None:
+        """Answer to the question for a KV cache."""
+
+    def on_cancelled(self, link: "WorkerLink", handles: Sequence[int]) -> None:
+        """The worker has let go of attempts that were aborted."""
+
 
 class Suspect(Exception):
     """The worker is not to be trusted any more; the stream is given up."""
@@ -166,6 +172,18 @@ class WorkerLink:
         handles = [one.handle for one in placed]
         self._send(worker_pb2.AttachRequest(withdraw=worker_pb2.Withdraw(withdraw_id=withdraw_id, handles=handles)))
         return withdraw_id
+
+    def export_kv(self, placed: Placed) -> int:
+        """Ask for a running request with its KV cache; answered by on_kv_exported with the returned id."""
+        export_id = next(self._ids)
+        asked = worker_pb2.ExportKv(export_id=export_id, handle=placed.handle)
+        self._send(worker_pb2.AttachRequest(export_kv=asked))
+        return export_id
+
+    def release_kv(self, handle: int) -> None:
+        """Say that nobody reads the KV cache of an exported request any more."""
+        if self.welcome is not None:
+            self._send(worker_pb2.AttachRequest(release_kv=worker_pb2.ReleaseKv(handles=[handle])))
 
     def send_control(self, message: worker_pb2.AttachRequest) -> None:
         """Send SetRole, BeginDrain or Reprioritise."""
@@ -332,6 +350,9 @@ class WorkerLink:
             case "cancelled":
                 for handle in response.cancelled.handles:
                     self._cancelling.pop(handle, None)
+                self._events.on_cancelled(self, response.cancelled.handles)
+            case "kv_exported":
+                self._events.on_kv_exported(self, response.kv_exported)
             case "pong":
                 sent_s = self._pings.pop(response.pong.ping_id, None)
                 if sent_s is not None:

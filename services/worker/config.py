@@ -10,7 +10,8 @@ from typing import Literal
 from services.common.config import ConfigError, option
 from services.policy.state import Role
 from services.policy.step_time import PROFILES, StepTimeModel
-from services.worker.engine.settings import EngineSettings, PolicySettings
+from services.worker.engine.kv_transfer import nixl_installed
+from services.worker.engine.settings import EngineSettings, KvTransferSettings, PolicySettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,11 @@ class WorkerConfig:
     async_scheduling: Literal["auto", "on", "off"] = option(
         "auto", "schedule a step while the one before it runs; auto: on CUDA"
     )
+    kv_transfer: Literal["auto", "off"] = option(
+        "auto", "hand the KV cache of moved requests over by NIXL; auto: when it is installed (not emulated, not stock)"
+    )
+    kv_transfer_host: str = option("127.0.0.1", "address at which other workers read this one's KV cache")
+    kv_lease_s: int = option(10, "seconds that a handed-over KV cache is kept if nobody reads it, at least 6")
     cpu_threads: int = option(1, "OpenMP threads of the CPU engine")
     step_time_profile: str = option(
         "", "step-time model to start with: a profile's name or a JSON file; the emulated engine's step times"
@@ -70,6 +76,8 @@ class WorkerConfig:
         for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.kv_lease_s < 6:
+            raise ValueError(f"kv-lease-s must be at least 6, got {self.kv_lease_s}")
         if not self.model and self.engine != "emulated":
             raise ValueError(f"model must be set for the {self.engine} engine")
         gpus = self.tensor_parallel_size * self.pipeline_parallel_size
@@ -114,6 +122,7 @@ class WorkerConfig:
             jitter_sigma=self.jitter_sigma,
             emulated_step_time=profile if emulated else None,
             step_time=profile,
+            kv_transfer=self._kv_transfer(),
             policy=PolicySettings(
                 role=self.role.value,
                 value_function=self.value_function,
@@ -122,6 +131,12 @@ class WorkerConfig:
                 relegation=self.relegation,
             ),
         )
+
+    def _kv_transfer(self) -> KvTransferSettings | None:
+        usable = self.engine != "emulated" and self.scheduler == "policy" and nixl_installed()
+        if self.kv_transfer == "off" or not usable:
+            return None
+        return KvTransferSettings(host=self.kv_transfer_host, lease_s=self.kv_lease_s)
 
 
 def step_time_model(name: str) -> StepTimeModel | None:

@@ -74,6 +74,11 @@ class Outbox:
         self._step().output.relegated_handles.extend(handles)
         self._schedule_wake()
 
+    def put_kv_failed(self, handles: Sequence[int]) -> None:
+        """Say that the KV of requests could not be read."""
+        self._step().output.kv_failed_handles.extend(handles)
+        self._schedule_wake()
+
     def put_telemetry(self, step: common_pb2.StepTelemetry, ended_s: float) -> None:
         """Add a step's telemetry; it goes with the tokens of the step if they follow at once."""
         pending = self._step()

@@ -14,7 +14,7 @@ from services.common.errors import InvalidArgument, ResourceExhausted, Unavailab
 from services.common.logging import get_logger
 from services.common.wire import model_from_proto
 from services.worker import metrics
-from services.worker.engine.contract import Delta, EngineDead, EngineRequest, RejectedByEngine
+from services.worker.engine.contract import Delta, EngineDead, EngineRequest, KvUnavailable, RejectedByEngine
 from services.worker.outbox import Outbox
 from services.worker.submission import engine_request
 from services.worker.worker import PROTOCOL_VERSION, UNAVAILABLE, LiveRequest, Worker, failed
@@ -25,6 +25,7 @@ _HELLO_TIMEOUT_S = 10.0
 _MAX_CONTROL_CALLS = 256
 _WITHDRAW_RETRY_S = 0.005
 _WITHDRAW_RETRIES = 4
+_LAST_TOKENS_S = 5.0
 _FINISH_REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
 _INVALID_ARGUMENT: int = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 _INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
@@ -71,6 +72,7 @@ class Attachment:
         self._live: dict[int, LiveRequest] = {}
         self._control: set[asyncio.Task[None]] = set()
         self._control_slots = asyncio.Semaphore(_MAX_CONTROL_CALLS)
+        self._exported: dict[int, str] = {}
 
     async def run(
         self, requests: AsyncIterator[worker_pb2.AttachRequest]
@@ -131,6 +133,10 @@ class Attachment:
                 self._submit(request.submit)
             case "withdraw":
                 await self._start_control(self._withdraw(request.withdraw))
+            case "export_kv":
+                await self._start_control(self._export_kv(request.export_kv))
+            case "release_kv":
+                await self._start_control(self._release_kv(request.release_kv.handles))
             case "cancel":
                 await self._start_control(self._cancel(request.cancel.handles))
             case "reprioritise":
@@ -162,7 +168,7 @@ class Attachment:
             limit = worker.config.max_live_requests
             self._outbox.put(failed(handle, UNAVAILABLE, f"the worker holds {limit} requests", "QUEUE_FULL"))
             return
-        live = worker.add(handle, submit.request_id, self._outbox)
+        live = worker.add(handle, submit.request_id, self._outbox, submit.generated_tokens)
         try:
             if handle in self._live:
                 raise InvalidArgument(f"handle {handle} is in use on this stream")
@@ -198,6 +204,7 @@ class Attachment:
             self._worker.steps += 1  # no telemetry says that the engine moves on; its tokens do
         if delta.token_ids:
             outbox.put_tokens(live.handle, delta.token_ids, delta.logprobs)
+            live.delivered(len(delta.token_ids))
         if not delta.finish:
             return
         if delta.finish == "abort":
@@ -239,6 +246,39 @@ class Attachment:
         metrics.WITHDRAW_KEPT.inc(len(kept))
         answer = worker_pb2.Withdrawn(withdraw_id=asked.withdraw_id, withdrawn_handles=sorted(gone), kept_handles=kept)
         self._outbox.put(worker_pb2.AttachResponse(withdrawn=answer))
+
+    async def _export_kv(self, asked: worker_pb2.ExportKv) -> None:
+        answer = worker_pb2.KvExported(export_id=asked.export_id, handle=asked.handle)
+        live = self._live.get(asked.handle)
+        try:
+            if live is None:
+                raise KvUnavailable("it is not on this worker")
+            exported = await self._worker.engine.export_kv(live.engine_id)
+        except KvUnavailable as error:
+            answer.refused = str(error)
+            self._outbox.put(worker_pb2.AttachResponse(kv_exported=answer))
+            return
+        assert self._worker.engine.info.kv_transfer is not None
+        self._exported[asked.handle] = live.engine_id
+        self._worker.hold_kv(live.engine_id, self._worker.engine.info.kv_transfer.lease_s)
+        metrics.KV_EXPORTED.inc()
+        try:
+            # Its last tokens take another way from the engine core than the answer did.
+            async with asyncio.timeout(_LAST_TOKENS_S):
+                await live.until_delivered(exported.generated_tokens)
+        except TimeoutError:
+            await self._worker.abort([live])
+            await self._release_kv([asked.handle])
+            self._outbox.put(failed(asked.handle, UNAVAILABLE, "its last tokens did not come", "KV_EXPORT"))
+            return
+        await self._worker.abort([live])
+        answer.kv_handle = exported.handle
+        answer.next_offset = live.first_offset + live.delivered_tokens
+        self._outbox.put(worker_pb2.AttachResponse(kv_exported=answer))
+
+    async def _release_kv(self, handles: Iterable[int]) -> None:
+        ids = [engine_id for handle in handles if (engine_id := self._exported.pop(handle, None)) is not None]
+        await self._worker.release_kv(ids)
 
     async def _cancel(self, handles: Iterable[int]) -> None:
         asked = list(handles)

@@ -50,6 +50,7 @@ def engine_request(submit: worker_pb2.Submit, info: EngineInfo, request_id: str,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         sampling=submit.sampling,
+        kv_handle=submit.kv_handle,
     )
 
 

@@ -14,7 +14,7 @@ from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
 from services.policy.delivery import MAX_ALLOWANCE_S
 from services.worker import metrics
 from services.worker.config import WorkerConfig
-from services.worker.engine.contract import Engine, EngineDead, StepReport
+from services.worker.engine.contract import Engine, EngineDead, KvTransferInfo, StepReport
 from services.worker.outbox import Outbox
 
 log = get_logger()
@@ -29,15 +29,39 @@ _DELIVERY_STEP_S = 0.0005
 class LiveRequest:
     """A request in the engine."""
 
-    __slots__ = ("engine_id", "handle", "outbox", "preemptions", "request_id", "task")
+    __slots__ = (
+        "_progress", "delivered_tokens", "engine_id", "first_offset", "handle", "outbox", "preemptions", "request_id",
+        "task",
+    )  # fmt: skip
 
-    def __init__(self, handle: int, request_id: str, engine_id: str, outbox: Outbox) -> None:
+    def __init__(self, handle: int, request_id: str, engine_id: str, outbox: Outbox, first_offset: int = 0) -> None:
+        """Start with nothing delivered.
+
+        Args:
+            first_offset: of its first token here, in the completion.
+        """
         self.handle = handle
         self.request_id = request_id
         self.engine_id = engine_id
         self.outbox = outbox
+        self.first_offset = first_offset
         self.preemptions = 0
+        self.delivered_tokens = 0
         self.task: asyncio.Task[None] | None = None
+        self._progress: asyncio.Event | None = None
+
+    def delivered(self, tokens: int) -> None:
+        """Count tokens that went to the router's outbox."""
+        self.delivered_tokens += tokens
+        if self._progress is not None:
+            self._progress.set()
+
+    async def until_delivered(self, tokens: int) -> None:
+        """Return when so many tokens went to the router's outbox."""
+        self._progress = asyncio.Event()
+        while self.delivered_tokens < tokens:
+            self._progress.clear()
+            await self._progress.wait()
 
 
 class Worker:
@@ -58,6 +82,7 @@ class Worker:
         self._idle = asyncio.Event()
         self._idle.set()
         self._numbers = itertools.count(1)
+        self._held_kv: dict[str, asyncio.TimerHandle] = {}
         self._drain: asyncio.Task[None] | None = None
         self.drain_begun = asyncio.Event()
         self._deliveries_s: dict[str, float] = {}
@@ -106,6 +131,7 @@ class Worker:
             continuation=worker_pb2.Continuation(
                 keyed_noise=info.keyed_noise, carried_penalties=info.carried_penalties, dtype=info.dtype
             ),
+            kv_transfer=_kv_transfer(info.kv_transfer),
         )
 
     def heartbeat(self) -> worker_pb2.Heartbeat:
@@ -117,9 +143,9 @@ class Worker:
             steps=self.steps, waiting=last.waiting, running=last.running, kv_usage=last.kv_usage
         )
 
-    def add(self, handle: int, request_id: str, outbox: Outbox) -> LiveRequest:
+    def add(self, handle: int, request_id: str, outbox: Outbox, first_offset: int = 0) -> LiveRequest:
         """Register a request under a new engine id."""
-        live = LiveRequest(handle, request_id, f"r{next(self._numbers)}", outbox)
+        live = LiveRequest(handle, request_id, f"r{next(self._numbers)}", outbox, first_offset)
         self.live[live.engine_id] = live
         self._idle.clear()
         metrics.LIVE.set(len(self.live))
@@ -129,7 +155,29 @@ class Worker:
         """Forget a request."""
         self.live.pop(live.engine_id, None)
         metrics.LIVE.set(len(self.live))
-        if not self.live:
+        self._note_idle()
+
+    def hold_kv(self, engine_id: str, lease_s: float) -> None:
+        """Stay until the KV of an exported request was read, or its lease is over."""
+        loop = asyncio.get_running_loop()
+        self._held_kv[engine_id] = loop.call_later(lease_s, self._let_go_of_kv, engine_id)
+        self._idle.clear()
+
+    async def release_kv(self, engine_ids: Iterable[str]) -> None:
+        """Free the KV of exported requests."""
+        ids = list(engine_ids)
+        await self.engine.release_kv(ids)
+        for engine_id in ids:
+            self._let_go_of_kv(engine_id)
+
+    def _let_go_of_kv(self, engine_id: str) -> None:
+        timer = self._held_kv.pop(engine_id, None)
+        if timer is not None:
+            timer.cancel()
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self.live and not self._held_kv:
             self._idle.set()
 
     async def abort(self, requests: Iterable[LiveRequest]) -> None:
@@ -186,13 +234,13 @@ class Worker:
             self._drain = asyncio.create_task(self._finish_drain(timeout_s), name="drain")
 
     async def drained(self) -> None:
-        """Return when a drain that was begun is over: nothing is live."""
+        """Return when a drain that was begun is over: nothing is live, and no KV is kept for others."""
         await self.drain_begun.wait()
         while self._drain is not None and not self._drain.done():
             await asyncio.wait([self._drain])
 
     async def idle(self) -> None:
-        """Return when nothing is live."""
+        """Return when nothing is live and no KV is kept for others."""
         await self._idle.wait()
 
     def report_engine_death(self) -> None:
@@ -220,11 +268,14 @@ class Worker:
     def _on_report(self, report: StepReport) -> None:
         started: dict[Outbox, list[int]] = {}
         relegated: dict[Outbox, list[int]] = {}
-        for ids, by_outbox in ((report.started, started), (report.relegated, relegated)):
+        kv_failed: dict[Outbox, list[int]] = {}
+        news = ((report.started, started), (report.relegated, relegated), (report.kv_failed, kv_failed))
+        for ids, by_outbox in news:
             for engine_id in ids:
                 if (live := self.live.get(engine_id)) is not None:
                     by_outbox.setdefault(live.outbox, []).append(live.handle)
         metrics.RELEGATED.inc(len(report.relegated))
+        metrics.KV_FAILED.inc(len(report.kv_failed))
         for engine_id in report.preempted:
             if (live := self.live.get(engine_id)) is not None:
                 live.preemptions += 1
@@ -232,12 +283,26 @@ class Worker:
             outbox.put_started(handles)
         for outbox, handles in relegated.items():
             outbox.put_relegated(handles)
+        for outbox, handles in kv_failed.items():
+            outbox.put_kv_failed(handles)
+        if report.load is not None and self.last_step is not None:
+            load = report.load
+            self.last_step.waiting, self.last_step.running = load.waiting, load.running
+            self.last_step.kv_usage = load.kv_usage
         if report.step is not None:
             self.steps = report.step.step
             self.last_step = report.step
             metrics.observe_step(report.step)
             for outbox in self.outboxes:
                 outbox.put_telemetry(report.step, report.ended_s)
+
+
+def _kv_transfer(info: KvTransferInfo | None) -> worker_pb2.KvTransfer | None:
+    if info is None:
+        return None
+    return worker_pb2.KvTransfer(
+        compatibility=info.compatibility, bytes_per_token=info.bytes_per_token, lease_ms=round(info.lease_s * 1000)
+    )
 
 
 def failed(handle: int, code: int, message: str, reason: str) -> worker_pb2.AttachResponse:

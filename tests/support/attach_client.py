@@ -140,6 +140,33 @@ class AttachClient:
         await self.until(answered, timeout_s)
         return answers[0]
 
+    async def export_kv(self, stream: Stream, timeout_s: float = 30.0) -> worker_pb2.KvExported:
+        """Take a running request out with its KV cache and return the answer."""
+        export_id = next(self._withdraw_ids)
+        self.send(worker_pb2.AttachRequest(export_kv=worker_pb2.ExportKv(export_id=export_id, handle=stream.handle)))
+        answers: list[worker_pb2.KvExported] = []
+
+        def answered() -> bool:
+            answers[:] = [one for one in self.of_kind("kv_exported") if one.export_id == export_id]
+            return bool(answers)
+
+        await self.until(answered, timeout_s)
+        return answers[0]
+
+    def release_kv(self, *streams: Stream) -> None:
+        """Say that nobody reads the KV of exported requests any more."""
+        handles = [stream.handle for stream in streams]
+        self.send(worker_pb2.AttachRequest(release_kv=worker_pb2.ReleaseKv(handles=handles)))
+
+    async def kv_free(self, timeout_s: float = 30.0) -> None:
+        """Wait until the worker says that no KV block is in use."""
+        seen = len(self.messages)
+        await self.until(lambda: any(beat.kv_usage == 0 for beat in self.since(seen, "heartbeat")), timeout_s)
+
+    def since(self, seen: int, kind: str) -> list[Any]:
+        """Return the messages of one kind after so many of all."""
+        return [getattr(one, kind) for one in self.messages[seen:] if one.WhichOneof("message") == kind]
+
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait until something the worker says makes the condition true."""
         async with asyncio.timeout(timeout_s):

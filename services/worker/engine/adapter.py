@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -30,10 +31,14 @@ from services.worker.engine.contract import (
     EngineDead,
     EngineInfo,
     EngineRequest,
+    KvExport,
+    KvTransferInfo,
+    KvUnavailable,
     RejectedByEngine,
     StepReport,
     WithdrawOutcome,
 )
+from services.worker.engine.kv_transfer import connector_config, encode_handle, provide_nixl, read_handle
 from services.worker.engine.settings import EngineSettings
 
 log = get_logger()
@@ -107,6 +112,7 @@ class VllmEngine:
                 # penalties count the tokens of this attempt only.
                 keyed_noise=settings.engine != "cuda" or bool(config.use_v2_model_runner),
                 carried_penalties=settings.engine != "cuda",
+                kv_transfer=_kv_transfer_info(settings, facts.get("kv_transfer")),
             )
             return cls(llm, info, settings, reports, scratch)
         except BaseException:
@@ -118,11 +124,14 @@ class VllmEngine:
         """Run a request; the last delta has a finish."""
         standing = request.standing
         deadline_ms = round((standing.arrival_s + standing.ttft_slo_s) * 1000)
+        sampling = self._sampling_params(request)
+        if request.kv_handle:
+            self._read_kv(request, sampling)
         try:
             outputs = self._llm.generate(
                 # A typed dict is taken as it is; an untyped prompt would go through a thread pool, out of order.
                 {"type": "token", "prompt_token_ids": request.token_ids},
-                self._sampling_params(request),
+                sampling,
                 standing.request_id,
                 priority=deadline_ms if not self.info.policies else 0,
             )
@@ -147,6 +156,20 @@ class VllmEngine:
         """Return when the engine holds none of these any more."""
         if self.info.policies:
             await self._control("release", [list(request_ids)])
+
+    async def export_kv(self, request_id: str) -> KvExport:
+        """Take a running request out, between two steps, and keep its KV. Raises KvUnavailable."""
+        if self.info.kv_transfer is None:
+            raise KvUnavailable("the engine hands no KV over")
+        exported = await self._control("export_kv", [request_id])
+        if "refused" in exported:
+            raise KvUnavailable(exported["refused"])
+        return KvExport(handle=encode_handle(exported), generated_tokens=exported["generated"])
+
+    async def release_kv(self, request_ids: Sequence[str]) -> None:
+        """Free the KV of exported requests that nobody reads any more."""
+        if self.info.kv_transfer is not None and request_ids:
+            await self._control("release_kv", [list(request_ids)])
 
     async def reprioritise(self, request_ids: Sequence[str], *, relegated: bool) -> None:
         """Relegate or reinstate waiting requests."""
@@ -201,9 +224,20 @@ class VllmEngine:
     def _read_reports(self) -> None:
         with contextlib.suppress(BlockingIOError):
             for _ in range(256):  # then let the loop do something else
-                report = StepReport.decode(self._reports.recv(1 << 20))
-                for callback in self._callbacks:
-                    callback(report)
+                self._tell(StepReport.decode(self._reports.recv(1 << 20)))
+
+    def _tell(self, report: StepReport) -> None:
+        for callback in self._callbacks:
+            callback(report)
+
+    def _read_kv(self, request: EngineRequest, sampling: SamplingParams) -> None:
+        """Have the connector read the KV of a request's tokens; report it when that cannot be."""
+        params = read_handle(request.kv_handle, len(request.token_ids)) if self.info.kv_transfer is not None else None
+        if params is None:
+            log.warning("kv_handle_useless", request_id=request.standing.name)
+            self._tell(StepReport(kv_failed=[request.standing.request_id]))
+            return
+        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": params}
 
     def _sampling_params(self, request: EngineRequest) -> SamplingParams:
         given, standing = request.sampling, request.standing
@@ -286,6 +320,10 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         }
         options |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
         options["distributed_executor_backend"] = _resolve(_EXECUTOR)
+    if settings.kv_transfer is not None:
+        if settings.engine == "cpu":
+            provide_nixl()
+        options["kv_transfer_config"] = KVTransferConfig(**connector_config(settings.kv_transfer, settings.engine))
     if settings.stock_scheduler or not _scheduler_fits():
         log.warning("stock_priority_scheduling", vllm=vllm.__version__, asked_for=settings.stock_scheduler)
         options["scheduling_policy"] = "priority"
@@ -299,6 +337,16 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         # The CPU platform asks for spawn, which imports everything again; nothing here forbids fork.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     return config
+
+
+def _kv_transfer_info(settings: EngineSettings, described: dict[str, Any] | None) -> KvTransferInfo | None:
+    if settings.kv_transfer is None or not described:
+        return None
+    return KvTransferInfo(
+        compatibility=f"{vllm.__version__} {described['compatibility']}",
+        bytes_per_token=described["bytes_per_token"],
+        lease_s=settings.kv_transfer.lease_s,
+    )
 
 
 def _scheduler_fits() -> bool:

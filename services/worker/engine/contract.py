@@ -17,6 +17,31 @@ class RejectedByEngine(Exception):
     """The engine refused one request; it and its neighbours go on. The message names the field."""
 
 
+class KvUnavailable(Exception):
+    """The KV cache of a request cannot be handed over; the request goes on undisturbed. The message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransferInfo:
+    """How an engine hands KV over."""
+
+    compatibility: str
+    """KV moves between engines with equal ones only."""
+    bytes_per_token: int
+    lease_s: float
+    """KV that nobody reads is kept this long, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvExport:
+    """A running request that was taken out of the engine; its KV stays until it is read, released, or too old."""
+
+    handle: bytes
+    """For EngineRequest.kv_handle at another engine."""
+    generated_tokens: int
+    """Tokens that the engine generated for it, all of them emitted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Facts of a started engine."""
@@ -42,6 +67,8 @@ class EngineInfo:
     """The noise of a sampled token depends on the seed and the token's absolute position only."""
     carried_penalties: bool
     """Presence and frequency penalties count the tokens that earlier attempts generated."""
+    kv_transfer: KvTransferInfo | None = None
+    """None: KV cannot be handed over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +105,18 @@ class EngineRequest:
     min_tokens: int
     """Tokens of this attempt before a stop may end it."""
     sampling: common_pb2.SamplingParameters
+    kv_handle: bytes = b""
+    """Where the KV of token_ids can be read; empty, useless or gone: it is computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """How full the engine core is."""
+
+    waiting: int
+    running: int
+    kv_usage: float
+    """Share of KV blocks in use, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,18 +145,31 @@ class StepReport:
     """Requests the engine relegated."""
     preempted: list[str] = field(default_factory=list)
     """Requests preempted in the step."""
+    kv_failed: list[str] = field(default_factory=list)
+    """Requests whose KV could not be read; it is computed instead."""
+    load: EngineLoad | None = None
+    """Sent when it changed in a step that computed nothing: blocks were freed."""
 
     def encode(self) -> bytes:
         """Return the datagram."""
         step = self.step.SerializeToString().hex() if self.step is not None else ""
-        return orjson.dumps([step, self.ended_s, self.started, self.relegated, self.preempted])
+        load = [self.load.waiting, self.load.running, self.load.kv_usage] if self.load is not None else None
+        news = [self.started, self.relegated, self.preempted, self.kv_failed]
+        return orjson.dumps([step, self.ended_s, news, load])
 
     @classmethod
     def decode(cls, datagram: bytes) -> "StepReport":
         """Parse a datagram."""
-        step, ended_s, started, relegated, preempted = orjson.loads(datagram)
-        telemetry = common_pb2.StepTelemetry.FromString(bytes.fromhex(step)) if step else None
-        return cls(step=telemetry, ended_s=ended_s, started=started, relegated=relegated, preempted=preempted)
+        step, ended_s, (started, relegated, preempted, kv_failed), load = orjson.loads(datagram)
+        return cls(
+            step=common_pb2.StepTelemetry.FromString(bytes.fromhex(step)) if step else None,
+            ended_s=ended_s,
+            started=started,
+            relegated=relegated,
+            preempted=preempted,
+            kv_failed=kv_failed,
+            load=EngineLoad(waiting=load[0], running=load[1], kv_usage=load[2]) if load else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +197,14 @@ class Engine(Protocol):
 
     async def release(self, request_ids: Sequence[str]) -> None:
         """Return when the engine holds none of these any more."""
+        ...
+
+    async def export_kv(self, request_id: str) -> KvExport:
+        """Take a running request out, between two steps, and keep its KV. Raises KvUnavailable."""
+        ...
+
+    async def release_kv(self, request_ids: Sequence[str]) -> None:
+        """Free the KV of exported requests that nobody reads any more."""
         ...
 
     async def reprioritise(self, request_ids: Sequence[str], *, relegated: bool) -> None:

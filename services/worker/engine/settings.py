@@ -22,6 +22,16 @@ class PolicySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransferSettings:
+    """How KV caches are handed over to other workers."""
+
+    host: str
+    """Address of this host at which other workers reach the engine."""
+    lease_s: int
+    """KV that nobody reads is kept this long, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """How to start an engine."""
 
@@ -57,3 +67,5 @@ class EngineSettings:
     step_time: StepTimeModel | None = None
     """Model that the scheduler plans with until it has learned; None: learned from nothing."""
     policy: PolicySettings = field(default_factory=PolicySettings)
+    kv_transfer: KvTransferSettings | None = None
+    """None: KV is never handed over."""

@@ -7,16 +7,22 @@ from hypothesis import strategies as st
 from ascendra.v1 import common_pb2
 from services.common.wire import model_from_proto, model_to_proto
 from services.policy.step_time import A100_LLAMA3_8B
-from services.worker.engine.contract import StepReport
+from services.worker.engine.contract import EngineLoad, StepReport
 
 
 @given(
     step=st.none() | st.builds(common_pb2.StepTelemetry, step=st.integers(1, 2**40), step_s=st.floats(0, 10)),
     ids=st.lists(st.text(max_size=8), max_size=5),
+    load=st.none()
+    | st.builds(EngineLoad, waiting=st.integers(0, 9999), running=st.integers(0, 9999), kv_usage=st.floats(0, 1)),
 )
-def test_reports_survive_the_datagram(step: common_pb2.StepTelemetry | None, ids: list[str]) -> None:
+def test_reports_survive_the_datagram(
+    step: common_pb2.StepTelemetry | None, ids: list[str], load: EngineLoad | None
+) -> None:
     """A report decodes to what was encoded."""
-    report = StepReport(step=step, ended_s=12.5, started=ids, relegated=ids[:1], preempted=ids[1:])
+    report = StepReport(
+        step=step, ended_s=12.5, started=ids, relegated=ids[:1], preempted=ids[1:], kv_failed=ids[:2], load=load
+    )
     assert StepReport.decode(report.encode()) == report
 
 

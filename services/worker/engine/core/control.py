@@ -21,6 +21,8 @@ class Control:
             "describe": self.describe,
             "withdraw": self.withdraw,
             "release": self.release,
+            "export_kv": self.export_kv,
+            "release_kv": self.release_kv,
             "reprioritise": self.reprioritise,
             "set_policy": self.set_policy,
             "set_step_time_model": self.set_step_time_model,
@@ -32,10 +34,13 @@ class Control:
         """Run a method with its arguments as a JSON list."""
         return self._methods[method](*json.loads(arguments))
 
-    def describe(self) -> dict[str, int]:
+    def describe(self) -> dict[str, Any]:
         """Return facts of the engine core that its front end does not know."""
         cache = self._scheduler.cache_config
-        return {"kv_capacity_tokens": int(cache.num_gpu_blocks or 0) * int(self._scheduler.block_size)}
+        return {
+            "kv_capacity_tokens": int(cache.num_gpu_blocks or 0) * int(self._scheduler.block_size),
+            "kv_transfer": self._scheduler.kv_transfer.describe(),
+        }
 
     def withdraw(self, request_ids: Sequence[str]) -> dict[str, list[str]]:
         """Take back the requests that were never scheduled; those that were are left alone."""
@@ -47,6 +52,22 @@ class Control:
     def release(self, request_ids: Sequence[str]) -> bool:
         """Let go of the requests, wherever they are."""
         self._finish(self._find(request_ids).values())
+        return True
+
+    def export_kv(self, request_id: str) -> dict[str, Any]:
+        """Take a running request out and keep its KV for another engine, or say why not."""
+        request = self._find([request_id]).get(request_id)
+        if request is None:
+            return {"refused": "it is not in the engine"}
+        try:
+            return dict(self._scheduler.kv_transfer.export(request))
+        except ValueError as error:
+            return {"refused": str(error)}
+
+    def release_kv(self, request_ids: Sequence[str]) -> bool:
+        """Free the KV of exported requests that nobody reads any more."""
+        for request in self._find(request_ids).values():
+            self._scheduler.kv_transfer.release(request)
         return True
 
     def reprioritise(self, request_ids: Sequence[str], relegated: bool) -> bool:

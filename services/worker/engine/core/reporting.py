@@ -20,10 +20,16 @@ class ReportSocket:
         report.started[:0] = unsent.started
         report.relegated[:0] = unsent.relegated
         report.preempted[:0] = unsent.preempted
+        report.kv_failed[:0] = unsent.kv_failed
         try:
             self._socket.sendto(report.encode(), self._path)
         except OSError:  # the front end is slow (EAGAIN) or gone; neither may stop the engine
-            self._unsent = StepReport(started=report.started, relegated=report.relegated, preempted=report.preempted)
+            self._unsent = StepReport(
+                started=report.started,
+                relegated=report.relegated,
+                preempted=report.preempted,
+                kv_failed=report.kv_failed,
+            )
         else:
-            if unsent.started or unsent.relegated or unsent.preempted:
+            if unsent.started or unsent.relegated or unsent.preempted or unsent.kv_failed:
                 self._unsent = StepReport()

@@ -15,8 +15,9 @@ from vllm.v1.request import Request, RequestStatus
 from ascendra.v1 import common_pb2
 from services.policy.state import QueuedRequest, Slo
 from services.policy.step_time import StepShape, StepTimeModel
-from services.worker.engine.contract import StepReport
+from services.worker.engine.contract import EngineLoad, StepReport
 from services.worker.engine.core.control import Control, install_control
+from services.worker.engine.core.kv_transfer import KvTransfer, imports_kv
 from services.worker.engine.core.planner import DecodeState, StepPlan, StepPlanner
 from services.worker.engine.core.process import isolate_engine_core
 from services.worker.engine.core.reporting import ReportSocket
@@ -60,6 +61,7 @@ class PolicyScheduler:
             warm_start=StepTimeModel.from_dict(warm_start) if warm_start else None,
         )
         self.control = Control(self)
+        self.kv_transfer = KvTransfer(self)
         self._reports = ReportSocket(ours["reports"])
         self._queued: dict[str, QueuedRequest] = {}
         self._last_token_s: dict[str, float] = {}
@@ -68,6 +70,7 @@ class PolicyScheduler:
         self._pause_allowed = True
         self._step_ended_s = 0.0
         self._preemptions: dict[str, int] = {}
+        self._load: EngineLoad | None = None
 
     @staticmethod
     def standing(request: Request) -> dict[str, Any]:
@@ -106,6 +109,7 @@ class PolicyScheduler:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take vLLM's account of the step, then learn from it and report it."""
+        kv_failed = self._kv_failed(model_runner_output)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         now_s = time.monotonic()
         self._last_token_s.update(dict.fromkeys(scheduler_output.num_scheduled_tokens, now_s))
@@ -117,7 +121,11 @@ class PolicyScheduler:
             self._step_ended_s = now_s
             self._steps += 1
             self.planner.learn(step.shape, step_s)
-            self._reports.send(StepReport(step=self._telemetry(step, step_s), ended_s=now_s, preempted=step.preempted))
+            telemetry = self._telemetry(step, step_s)
+            self._reports.send(StepReport(step=telemetry, ended_s=now_s, preempted=step.preempted, kv_failed=kv_failed))
+            self._load = None
+        elif kv_failed or self._load_changed():
+            self._reports.send(StepReport(kv_failed=kv_failed, load=self._load))
         return result
 
     def _plan(self, now_s: float) -> StepPlan:
@@ -136,6 +144,8 @@ class PolicyScheduler:
                 last_s = last_token_s.get(request.request_id) or self.standing(request).get("last_token_s") or now_s
                 decodes.append(DecodeState(last_s, queued.slo.tbt_s, request.num_computed_tokens))
         for request in scheduler.waiting:
+            if imports_kv(request):
+                continue
             queued = self.queued(request)
             if request.status == RequestStatus.PREEMPTED:
                 queued.started = True
@@ -181,7 +191,9 @@ class PolicyScheduler:
         paused = [request for request in prefills if id(self.queued(request)) in out]
         active = [request for request in prefills if id(self.queued(request)) not in out]
         scheduler.running[:] = decodes + sorted(active, key=place)
-        ordered = sorted(scheduler.waiting, key=place)
+        # Reading KV takes no part of a step.
+        ordered = [request for request in scheduler.waiting if imports_kv(request)]
+        ordered += sorted((request for request in scheduler.waiting if not imports_kv(request)), key=place)
         scheduler.waiting.clear()
         scheduler.waiting.extend(ordered[: plan.admissions])
         return ordered[plan.admissions :], paused
@@ -243,7 +255,9 @@ class PolicyScheduler:
     def _telemetry(self, step: _Step, step_s: float) -> common_pb2.StepTelemetry:
         scheduler: Any = self
         unfinished = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill_chunk)]
-        queued_prefill = sum(request.num_tokens - request.num_computed_tokens for request in unfinished)
+        queued_prefill = sum(
+            request.num_tokens - request.num_computed_tokens for request in unfinished if not imports_kv(request)
+        )
         return common_pb2.StepTelemetry(
             step=self._steps,
             prefill_tokens=step.shape.prefill_tokens,
@@ -258,6 +272,27 @@ class PolicyScheduler:
             kv_usage=scheduler.kv_cache_manager.usage,
             preempted=len(step.preempted),
         )
+
+    def _kv_failed(self, model_runner_output: Any) -> list[str]:
+        """Return the requests whose KV could not be read, as the front end knows them."""
+        transferred = getattr(model_runner_output, "kv_connector_output", None)
+        scheduler: Any = self
+        return [
+            self.standing(scheduler.requests[request_id]).get("request_id", "")
+            for request_id in (transferred.failed_recving or () if transferred is not None else ())
+            if request_id in scheduler.requests
+        ]
+
+    def _load_changed(self) -> bool:
+        """Tell whether the load is another than when last asked, in steps that computed nothing."""
+        scheduler: Any = self
+        before = self._load
+        self._load = EngineLoad(
+            waiting=len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
+            running=len(scheduler.running),
+            kv_usage=scheduler.kv_cache_manager.usage,
+        )
+        return self._load != before
 
     def _forget(self, request_id: str) -> None:
         for table in (self._queued, self._last_token_s, self._preemptions):

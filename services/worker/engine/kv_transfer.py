@@ -1,0 +1,81 @@
+"""Handing KV caches over through vLLM's NIXL connector: its configuration, and the handles that travel."""
+
+import importlib.util
+import ipaddress
+import os
+import socket
+import sys
+from typing import Any
+
+import orjson
+
+from services.worker.engine.settings import KvTransferSettings
+
+_ALIASES = ("_api", "_bindings")
+
+
+def nixl_installed() -> bool:
+    """Tell whether some build of NIXL can be imported."""
+    return any(importlib.util.find_spec(name) is not None for name in ("nixl", "nixl_cu12"))
+
+
+def provide_nixl() -> None:
+    """Let vLLM import `nixl` where only the build for CUDA 12 is installed, which needs no CUDA for CPU memory.
+
+    The package of that name installs the builds for all versions of CUDA and chooses one of them.
+    """
+    if importlib.util.find_spec("nixl") is not None:
+        return
+    # Read by UCX when it is loaded; vLLM would set it if it were first (its nixl_utils says why).
+    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
+    sys.modules["nixl"] = importlib.import_module("nixl_cu12")
+    for name in _ALIASES:
+        sys.modules[f"nixl.{name}"] = importlib.import_module(f"nixl_cu12.{name}")
+
+
+def connector_config(settings: KvTransferSettings, engine: str) -> dict[str, Any]:
+    """Return vLLM's kv_transfer_config, after telling the connector by environment where it listens."""
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.host
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(settings.host))
+    if is_loopback(settings.host):
+        # UCX would listen on every interface; within a host it uses shared memory, and this for its connections.
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",
+        "kv_buffer_device": "cpu" if engine == "cpu" else "cuda",
+        # What cannot be read is computed: a request never fails for a transfer that did.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": settings.lease_s},
+    }
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is reached from its own host only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def encode_handle(exported: dict[str, Any]) -> bytes:
+    """Return the opaque form of what the engine core said of an export."""
+    return orjson.dumps(exported)
+
+
+def read_handle(handle: bytes, tokens: int) -> dict[str, Any] | None:
+    """Return the connector's parameters for a request of so many tokens.
+
+    None when they do not fit it: the connector asserts that the blocks cover the prompt, which would end the engine.
+    """
+    try:
+        exported = orjson.loads(handle)
+        fits = exported["tokens"] == tokens and exported["blocks"] == len(exported["params"]["remote_block_ids"][0])
+        return dict(exported["params"]) if fits else None
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
