@@ -9,13 +9,16 @@ from ascendra.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ProtocolError,
     ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from ascendra.retry import RetryPolicy
 from ascendra.session import Session
 from ascendra.sink import SinkEnd, TokenSink, serve_sink
+from ascendra.tls import Tls
 from ascendra.types import (
     Attempt,
     Chunk,
@@ -53,6 +56,7 @@ __all__ = [
     "Message",
     "MoveContract",
     "NotFoundError",
+    "PermissionDeniedError",
     "PositionLogprobs",
     "ProtocolError",
     "Receipt",
@@ -65,8 +69,10 @@ __all__ = [
     "SinkEnd",
     "Slo",
     "StructuredOutput",
+    "Tls",
     "TokenLogprob",
     "TokenSink",
+    "UnauthenticatedError",
     "UnavailableError",
     "Usage",
     "__version__",

@@ -7,10 +7,8 @@ from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Seque
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
 
-import grpc
-
 from ascendra.client import DEFAULT_CONTROL_TIMEOUT_S, DEFAULT_TIMEOUT_S, AsyncClient
-from ascendra.endpoints import Addresses
+from ascendra.endpoints import Addresses, Credentials
 from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, Message, RequestOptions, Role
 from ascendra.v1 import cluster_pb2, inference_pb2
@@ -37,7 +35,8 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         control_timeout_s: float = DEFAULT_CONTROL_TIMEOUT_S,
         retry: RetryPolicy | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials | None = None,
+        api_key: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Make a client; the arguments are those of `AsyncClient`."""
@@ -47,6 +46,7 @@ class Client:
             control_timeout_s=control_timeout_s,
             retry=retry,
             credentials=credentials,
+            api_key=api_key,
             metadata=metadata,
         )
         self._loop = _LoopThread.acquire()

@@ -10,7 +10,7 @@ import grpc.aio
 
 from ascendra import wire
 from ascendra.attempts import collect, run_request
-from ascendra.endpoints import Addresses, Endpoint, Endpoints
+from ascendra.endpoints import Addresses, Credentials, Endpoint, Endpoints
 from ascendra.errors import AscendraError, NotFoundError, ProtocolError, UnavailableError, from_rpc_error
 from ascendra.retry import RetryPolicy
 from ascendra.session import Session
@@ -39,7 +39,8 @@ class AsyncClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         control_timeout_s: float = DEFAULT_CONTROL_TIMEOUT_S,
         retry: RetryPolicy | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials | None = None,
+        api_key: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Make a client; nothing is sent before the first call.
@@ -49,10 +50,12 @@ class AsyncClient:
             timeout_s: limit on a whole request where the call gives none, in seconds.
             control_timeout_s: limit on every other call, in seconds.
             retry: bounds on repetitions.
-            credentials: for TLS; without them the connection is plaintext.
-            metadata: sent with every call, such as an authorization header for a proxy.
+            credentials: for TLS, certificate files as `Tls` or made by gRPC; without them connections are plaintext.
+            api_key: says who the caller is; not to be sent over networks in plaintext.
+            metadata: sent with every call, such as a header for a proxy.
         """
-        self._endpoints = Endpoints(addresses, credentials, metadata)
+        authorization = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._endpoints = Endpoints(addresses, credentials, {**(metadata or {}), **authorization})
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s
         self._retry = retry or RetryPolicy()

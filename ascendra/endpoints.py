@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Stamp, Tls
 from ascendra.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
 _OPTIONS = [
@@ -29,13 +30,19 @@ Addresses = str | Sequence[str]
 """One router or several: host:port or unix:PATH."""
 
 
+Credentials = grpc.ChannelCredentials | Tls
+
+
 class Endpoint:
     """One router."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None) -> None:
+    def __init__(self, address: str, credentials: Credentials | None) -> None:
         self.address = address
         if credentials is None:
             self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        elif isinstance(credentials, Tls):
+            options = [*_OPTIONS, *credentials.options()]
+            self.channel = grpc.aio.secure_channel(address, credentials.credentials(), options=options)
         else:
             self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self.inference = cast("inference_pb2_grpc.InferenceServiceAsyncStub", _inference_stub(self.channel))
@@ -49,18 +56,21 @@ class Endpoint:
 class Endpoints:
     """Round robin over the routers, passing over those that are down while another is not.
 
-    Channels are made at first use, on the loop that uses them.
+    Channels are made at first use, on the loop that uses them, and anew when certificates have changed: calls in
+    progress end on the old ones.
     """
 
     def __init__(
-        self, addresses: Addresses, credentials: grpc.ChannelCredentials | None, metadata: Mapping[str, str] | None
+        self, addresses: Addresses, credentials: Credentials | None, metadata: Mapping[str, str] | None
     ) -> None:
         self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self.addresses or not all(self.addresses):
             raise InvalidArgumentError("addresses: give at least one router, as host:port or unix:PATH")
         self.metadata = tuple((metadata or {}).items())
         self._credentials = credentials
+        self._stamp: Stamp = ()
         self._endpoints: list[Endpoint] = []
+        self._replaced: list[Endpoint] = []
         self._next = 0
 
     def __len__(self) -> int:
@@ -73,15 +83,30 @@ class Endpoints:
 
     def in_turn(self) -> list[Endpoint]:
         """Return every router once, starting with the next one."""
-        if not self._endpoints:
-            self._endpoints = [Endpoint(address, self._credentials) for address in self.addresses]
+        if not self._endpoints or self._stamp != self._present_stamp():
+            self._connect()
         start = self._next % len(self._endpoints)
         self._next += 1
         return self._endpoints[start:] + self._endpoints[:start]
 
+    def _connect(self) -> None:
+        stamp = self._present_stamp()
+        try:
+            made = [Endpoint(address, self._credentials) for address in self.addresses]
+        except InvalidArgumentError:
+            if not self._endpoints:
+                raise
+            return  # new files are just being written
+        self._stamp = stamp
+        self._replaced += self._endpoints
+        self._endpoints = made
+
+    def _present_stamp(self) -> Stamp:
+        return self._credentials.stamp() if isinstance(self._credentials, Tls) else ()
+
     async def close(self) -> None:
         """Close the channels; calls in flight end with an error."""
-        endpoints, self._endpoints = self._endpoints, []
+        endpoints, self._endpoints, self._replaced = [*self._endpoints, *self._replaced], [], []
         await asyncio.gather(*(endpoint.channel.close(None) for endpoint in endpoints))
 
 

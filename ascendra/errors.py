@@ -3,6 +3,8 @@
 AscendraError
 ├── InvalidArgumentError     a field of the request is wrong; the message names it and the limit
 ├── NotFoundError            a model, worker or request that was named does not exist
+├── UnauthenticatedError     no API key or certificate was shown, or nobody knows it
+├── PermissionDeniedError    the caller may not do this
 ├── ResourceExhaustedError   your share, a size limit or the capacity to make the objective is used up
 ├── UnavailableError         no capacity now, or the serving side failed
 ├── DeadlineExceededError    the request's own time limit passed
@@ -70,6 +72,18 @@ class NotFoundError(AscendraError):
     """A model, worker or request that was named does not exist."""
 
     code = grpc.StatusCode.NOT_FOUND
+
+
+class UnauthenticatedError(AscendraError):
+    """No API key or certificate was shown, or nobody knows it."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(AscendraError):
+    """The caller may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class ResourceExhaustedError(AscendraError):

@@ -65,14 +65,19 @@ class TokenSink:
 
 
 @contextlib.asynccontextmanager
-async def serve_sink(sink: TokenSink, listen: str = "127.0.0.1:7400") -> AsyncIterator[str]:
+async def serve_sink(
+    sink: TokenSink, listen: str = "127.0.0.1:7400", credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[str]:
     """Serve a sink on host:port (port 0 picks one) or unix:PATH while the context is open; yields the address.
+
+    Args:
+        credentials: for TLS, made with `grpc.ssl_server_credentials`; None: plaintext.
 
     Raises RuntimeError when the address cannot be had.
     """
     server = grpc.aio.server(options=_OPTIONS)
     sink_pb2_grpc.add_TokenSinkServiceServicer_to_server(_Servicer(sink), server)
-    port = server.add_insecure_port(listen)
+    port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
     await server.start()
     try:
         yield listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ascendra.cli import control, demo, status, text, tools, up
+from ascendra.cli import certs, control, demo, status, text, tools, up
 from ascendra.cli.options import CliError
 from ascendra.errors import CONNECTION_LOST, AscendraError, InvalidArgumentError
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ascendra", description="LLM serving that keeps TTFT and TBT objectives at the highest load."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (up, demo, text, status, control, tools):
+    for module in (up, demo, text, status, control, certs, tools):
         module.add_commands(commands)
     return parser
 

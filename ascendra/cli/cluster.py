@@ -33,7 +33,8 @@ _RESTART_PAUSE_S = (0.5, 10.0)
 _STEADY_S = 30.0
 # What this module decides; a variable of the user must not undo it in the services.
 _OWN_VARIABLES = ("LISTEN", "METRICS_LISTEN", "WORKERS", "WORKER_DNS", "ROUTERS", "PREDICTOR", "MODEL", "MODEL_NAME",
-                  "SERVED_MODEL_NAME", "ROLE", "ENGINE", "WORKER_ID", "ROUTER_ID", "ADVERTISE")  # fmt: skip
+                  "SERVED_MODEL_NAME", "ROLE", "ENGINE", "WORKER_ID", "ROUTER_ID", "ADVERTISE", "TLS_CA", "TLS_CERT",
+                  "TLS_KEY", "TLS_SERVER_NAME", "API_KEYS_FILE", "API_KEY_FILE")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

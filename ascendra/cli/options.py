@@ -2,13 +2,22 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TypeAlias
 
 from ascendra.blocking import Client
+from ascendra.tls import Tls
 from ascendra.types import RequestOptions, SamplingParams, Slo
 
 ADDRESS_VARIABLE = "ASCENDRA_ADDRESS"
+API_KEY_VARIABLE = "ASCENDRA_API_KEY"
 DEFAULT_ADDRESS = "127.0.0.1:7100"
+_TLS_FILES = {
+    "ca": "authorities that may have signed the router's certificate; connect with TLS",
+    "cert": "certificate to show",
+    "key": "private key of the certificate",
+    "server-name": "name that the router's certificate must carry, where it is not the host of the address",
+}
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -23,7 +32,7 @@ class CliError(Exception):
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """Add the router's address."""
+    """Add the router's address and what it takes to talk to it."""
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
@@ -31,13 +40,41 @@ def add_address(parser: argparse.ArgumentParser) -> None:
         help=f"router, or several with commas between (default: %(default)s) [{ADDRESS_VARIABLE}]",
     )
 
+    for name, what in _TLS_FILES.items():
+        parser.add_argument(
+            f"--tls-{name}",
+            metavar="NAME" if name == "server-name" else "FILE",
+            default=os.environ.get(_tls_variable(name), ""),
+            help=f"{what} [{_tls_variable(name)}]",
+        )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"file with the API key to send (default: the key in {API_KEY_VARIABLE}, if set)",
+    )
+
 
 def open_client(arguments: argparse.Namespace) -> Client:
-    """Return a client of the routers that were named."""
+    """Return a client of the routers that were named. Raises CliError."""
     addresses = [part.strip() for part in arguments.address.split(",") if part.strip()]
     if not addresses:
         raise CliError("--address: expected HOST:PORT", exit_status=2)
-    return Client(addresses)
+    files = {name.replace("-", "_"): getattr(arguments, f"tls_{name.replace('-', '_')}") for name in _TLS_FILES}
+    tls = Tls(**files) if any(files.values()) else None
+    return Client(addresses, credentials=tls, api_key=_api_key(arguments.api_key_file))
+
+
+def _api_key(file: str | None) -> str:
+    if not file:
+        return os.environ.get(API_KEY_VARIABLE, "")
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise CliError(f"--api-key-file: {file}: {error.strerror}", exit_status=2) from error
+
+
+def _tls_variable(name: str) -> str:
+    return f"ASCENDRA_TLS_{name.upper().replace('-', '_')}"
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:

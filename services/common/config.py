@@ -1,8 +1,9 @@
 """Service configuration: flag > environment (ASCENDRA_*) > YAML file > default; unknown keys are refused.
 
 A service declares one frozen dataclass whose fields are made with `option`. Field `metrics_listen` is the flag
-`--metrics-listen`, the variable `ASCENDRA_METRICS_LISTEN` and the YAML key `metrics-listen`. Fields whose type is a
-mapping or a dataclass can only be set in YAML.
+`--metrics-listen`, the variable `ASCENDRA_METRICS_LISTEN` and the YAML key `metrics-listen`. A field whose type is a
+dataclass of such fields is a block: `tls: {cert: FILE}` in YAML is `--tls-cert` and `ASCENDRA_TLS_CERT` too. Mappings
+and other dataclasses can only be set in YAML.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -68,21 +69,64 @@ def resolve(
     hints = typing.get_type_hints(config_type)
     fields = {field.name: field for field in dataclasses.fields(cast("Any", config_type))}
     values: dict[str, Any] = {}
+    blocks: dict[str, dict[str, Any]] = {}
     for key, value in _read_yaml(file).items():
         name = key.replace("-", "_")
         if name not in fields:
             raise ConfigError(f"{file}: unknown key {key!r}; known keys: {', '.join(_key(n) for n in fields)}")
-        values[name] = _from_yaml(value, hints[name], f"{file}: {key}")
-    for name in fields:
-        variable = ENV_PREFIX + name.upper()
-        if environ and variable in environ and _is_scalar(hints[name]):
-            values[name] = _from_text(environ[variable], hints[name], variable)
-    for name, text in (flags or {}).items():
-        values[name] = _from_text(text, hints[name], f"--{_key(name)}")
+        if _is_block(hints[name]):
+            blocks[name] = _fields_from_yaml(value, hints[name], f"{file}: {key}")
+        else:
+            values[name] = _from_yaml(value, hints[name], f"{file}: {key}")
+    for setting in settings(config_type):
+        for source, where in ((environ, setting.variable), (flags, setting.flag)):
+            name = setting.variable if source is environ else setting.name
+            if source and name in source:
+                target = values if len(setting.path) == 1 else blocks.setdefault(setting.path[0], {})
+                target[setting.path[-1]] = _from_text(source[name], setting.hint, where)
     try:
+        for name, changes in blocks.items():
+            values[name] = dataclasses.replace(_default_of(fields[name]), **changes)
         return config_type(**values)
     except ValueError as error:  # a dataclass may check its fields in __post_init__
         raise ConfigError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """What a flag or a variable can set: a scalar field, or one of a block."""
+
+    path: tuple[str, ...]
+    """Name of the field, or of the block and its field."""
+    hint: Any
+    field: "dataclasses.Field[Any]"
+
+    @property
+    def name(self) -> str:
+        """The name with underscores."""
+        return "_".join(self.path)
+
+    @property
+    def flag(self) -> str:
+        """The flag."""
+        return f"--{_key(self.name)}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return ENV_PREFIX + self.name.upper()
+
+
+def settings(config_type: type[Any]) -> Iterator[Setting]:
+    """Yield everything that flags and variables can set, in the order of the fields."""
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        hint = hints[field.name]
+        if _is_scalar(hint):
+            yield Setting((field.name,), hint, field)
+        elif _is_block(hint):
+            for inner in settings(hint):
+                yield Setting((field.name, *inner.path), inner.hint, inner.field)
 
 
 def dump_config(config: object) -> str:
@@ -99,18 +143,12 @@ def _parser(config_type: type[Any], program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the keys below")
     parser.add_argument("--print-config", action="store_true", help="print the effective configuration and exit")
-    hints = typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
-        if not _is_scalar(hints[field.name]):
-            continue
-        default = _default_of(field)
+    for setting in settings(config_type):
+        default = _default_of(setting.field)
         shown = "" if default in (None, "", ()) else f" (default: {_show(default)})"
-        help_text = f"{field.metadata.get('help', '')}{shown} [{ENV_PREFIX}{field.name.upper()}]"
+        help_text = f"{setting.field.metadata.get('help', '')}{shown} [{setting.variable}]"
         parser.add_argument(
-            f"--{_key(field.name)}",
-            dest=field.name,
-            metavar=_metavar(hints[field.name]),
-            help=help_text.replace("%", "%%"),
+            setting.flag, dest=setting.name, metavar=_metavar(setting.hint), help=help_text.replace("%", "%%")
         )
     return parser
 
@@ -169,6 +207,14 @@ def _is_scalar(hint: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal or typing.get_origin(hint) is tuple:
         return True
     return isinstance(hint, type) and (hint in (str, int, float, bool) or issubclass(hint, enum.Enum))
+
+
+def _is_block(hint: Any) -> bool:
+    return (
+        isinstance(hint, type)
+        and dataclasses.is_dataclass(hint)
+        and all("help" in field.metadata for field in dataclasses.fields(hint))
+    )
 
 
 def _from_text(text: str, hint: Any, where: str) -> Any:
@@ -232,6 +278,13 @@ def _from_yaml(value: Any, hint: Any, where: str) -> Any:
 
 
 def _dataclass_from_yaml(value: Any, hint: type[Any], where: str) -> Any:
+    try:
+        return hint(**_fields_from_yaml(value, hint, where))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _fields_from_yaml(value: Any, hint: type[Any], where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: expected a mapping, got {value!r}")
     hints = typing.get_type_hints(hint)
@@ -242,10 +295,7 @@ def _dataclass_from_yaml(value: Any, hint: type[Any], where: str) -> Any:
         if name not in names:
             raise ConfigError(f"{where}: unknown key {key!r}; known keys: {', '.join(map(_key, sorted(names)))}")
         values[name] = _from_yaml(item, hints[name], f"{where}.{key}")
-    try:
-        return hint(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return values
 
 
 def _to_yaml(value: Any) -> Any:

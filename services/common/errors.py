@@ -51,6 +51,20 @@ class NotFound(ServiceError):
     default_reason = "NOT_FOUND"
 
 
+class Unauthenticated(ServiceError):
+    """The caller did not say who it is, or nobody knows it."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServiceError):
+    """The caller may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    default_reason = "PERMISSION_DENIED"
+
+
 class ResourceExhausted(ServiceError):
     """A size limit, the caller's share, or the capacity to make the objective is used up."""
 

@@ -13,12 +13,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.common import errors
+from services.common.access import Authorize
 from services.common.channels import SERVER_OPTIONS
 from services.common.logging import get_logger
+from services.common.tls import PLAINTEXT, TlsConfig, grpc_server_credentials, is_local
 
 log = get_logger()
 
 REQUEST_ID_KEY = "x-request-id"
+_HEALTH = f"/{health.SERVICE_NAME}/"
 Register = Callable[[grpc.aio.Server], Sequence[str]]
 """Adds servicers to a server and returns their full service names."""
 
@@ -45,17 +48,37 @@ class GrpcServer:
 
 
 async def start_grpc_server(
-    listen: str, register: Register, *, reuse_port: bool = False, serving: bool = True
+    listen: str,
+    register: Register,
+    *,
+    tls: TlsConfig = PLAINTEXT,
+    authorize: Authorize | None = None,
+    reuse_port: bool = False,
+    serving: bool = True,
 ) -> GrpcServer:
-    """Start a server on host:port (port 0 picks one) or unix:PATH and return it with its real address."""
+    """Start a server on host:port (port 0 picks one) or unix:PATH and return it with its real address.
+
+    Args:
+        tls: certificates; a socket of this machine is always in plaintext.
+        authorize: asked before every call except those of the health service; None: everybody may do everything.
+
+    Raises:
+        ValueError: the certificates cannot be used.
+    """
+    encrypted = tls.serves and not listen.startswith("unix:")
+    if not encrypted and not is_local(listen):
+        log.warning("plaintext_listener", listen=listen)
     # The first of two equal options counts.
     options = [("grpc.so_reuseport", 1), *SERVER_OPTIONS] if reuse_port else SERVER_OPTIONS
-    server = grpc.aio.server(options=options, interceptors=[CallScope()])
+    server = grpc.aio.server(options=options, interceptors=[CallScope(authorize)])
     services = register(server)
     health_servicer = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    port = server.add_insecure_port(listen)
+    if encrypted:
+        port = server.add_secure_port(listen, grpc_server_credentials(tls))
+    else:
+        port = server.add_insecure_port(listen)
     await server.start()
     address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
     started = GrpcServer(server, address, health_servicer, services)
@@ -64,7 +87,10 @@ async def start_grpc_server(
 
 
 class CallScope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Binds the request id for logs and turns exceptions into statuses that leak nothing."""
+    """Asks who may call, binds the request id for logs, and turns exceptions into statuses that leak nothing."""
+
+    def __init__(self, authorize: Authorize | None = None) -> None:
+        self._authorize = authorize
 
     async def intercept_service(
         self,
@@ -78,6 +104,7 @@ class CallScope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metadata = dict(handler_call_details.invocation_metadata or ())
         request_id = str(metadata.get(REQUEST_ID_KEY, ""))
         method = handler_call_details.method
+        authorize = None if method.startswith(_HEALTH) else self._authorize
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
             factory = (
@@ -85,7 +112,7 @@ class CallScope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            guarded: Any = _guard_stream(inner, method, request_id)
+            guarded: Any = _guard_stream(inner, method, request_id, authorize)
         else:
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
             factory = (
@@ -93,7 +120,7 @@ class CallScope(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            guarded = _guard_unary(inner, method, request_id)
+            guarded = _guard_unary(inner, method, request_id, authorize)
         return factory(guarded, handler.request_deserializer, handler.response_serializer)
 
 
@@ -113,10 +140,14 @@ async def _end(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) 
     await errors.abort(context, error)
 
 
-def _guard_unary(inner: Callable[..., Awaitable[Any]], method: str, request_id: str) -> Callable[..., Awaitable[Any]]:
+def _guard_unary(
+    inner: Callable[..., Awaitable[Any]], method: str, request_id: str, authorize: Authorize | None
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         _bind(method, request_id)
         try:
+            if authorize is not None:
+                authorize(method, context)
             return await inner(request, context)
         except Exception as error:
             await _end(context, error)
@@ -125,11 +156,13 @@ def _guard_unary(inner: Callable[..., Awaitable[Any]], method: str, request_id: 
 
 
 def _guard_stream(
-    inner: Callable[..., AsyncIterator[Any]], method: str, request_id: str
+    inner: Callable[..., AsyncIterator[Any]], method: str, request_id: str, authorize: Authorize | None
 ) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
         _bind(method, request_id)
         try:
+            if authorize is not None:
+                authorize(method, context)
             responses: Any = inner(request, context)
             if asyncio.iscoroutine(responses):  # a handler that writes through the context
                 await responses

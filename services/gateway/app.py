@@ -12,6 +12,7 @@ from ascendra import AscendraError
 from services.common.config import ConfigError
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
+from services.common.tls import https_context
 from services.gateway.api_keys import load_api_keys
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
@@ -43,13 +44,18 @@ async def serve(config: GatewayConfig, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain; return the exit status."""
     try:
         keys = load_api_keys(config.api_keys_file)
-    except ConfigError as error:
+        https = https_context(config.https_cert, config.https_key) if config.https_cert else None
+    except (ConfigError, ValueError) as error:
         log.error("bad_configuration", problem=str(error))
         return 2
     gateway = Gateway(config, keys)
     try:
         server = await start_http_server(
-            config.listen, build_app(gateway), reuse_port=config.reuse_port, keep_alive_s=config.keep_alive_s
+            config.listen,
+            build_app(gateway),
+            reuse_port=config.reuse_port,
+            keep_alive_s=config.keep_alive_s,
+            https=https,
         )
         announce_ready("gateway", address=server.address)
         await stop.wait()

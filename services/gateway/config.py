@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.common.config import option
+from services.common.tls import TlsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,6 +13,9 @@ class GatewayConfig:
 
     listen: str = option("127.0.0.1:8000", "HTTP address, host:port; port 0 picks one")
     reuse_port: bool = option(False, "share the port with other gateway processes (SO_REUSEPORT)")
+    https_cert: str = option("", "PEM file of the certificate chain for HTTPS, may be replaced any time; empty: HTTP")
+    https_key: str = option("", "PEM file of its private key")
+    tls: TlsConfig = option(TlsConfig(), "certificates for the connections to the routers")
     routers: tuple[str, ...] = option(("127.0.0.1:7100",), "gRPC addresses of the routers, host:port or unix:PATH")
     api_keys_file: str = option("", "YAML file of tenants and the SHA-256 of their keys; empty: no key is asked for")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log level written")
@@ -30,6 +34,8 @@ class GatewayConfig:
     drain_timeout_s: float = option(30.0, "time that requests get to finish after SIGTERM, in seconds")
 
     def __post_init__(self) -> None:
+        if bool(self.https_cert) != bool(self.https_key):
+            raise ValueError("https-cert and https-key belong together")
         if not self.routers:
             raise ValueError("routers must name at least one router")
         for name in ("max_body_bytes", "max_in_flight", "max_choices", "completion_max_tokens", "keep_alive_s"):

@@ -25,7 +25,10 @@ class Gateway:
         self.config = config
         self.keys = keys
         self.routers = Routers(
-            config.routers, request_timeout_s=config.request_timeout_s, status_timeout_s=config.status_timeout_s
+            config.routers,
+            request_timeout_s=config.request_timeout_s,
+            status_timeout_s=config.status_timeout_s,
+            credentials=config.tls.as_client(),
         )
         self.view = ClusterView(self.routers)
         self.token_texts = TokenTexts(self.routers.any)

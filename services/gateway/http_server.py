@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -36,7 +37,7 @@ class HttpServer:
 
 
 async def start_http_server(
-    listen: str, app: ASGIApp, *, reuse_port: bool = False, keep_alive_s: int = 30
+    listen: str, app: ASGIApp, *, reuse_port: bool = False, keep_alive_s: int = 30, https: ssl.SSLContext | None = None
 ) -> HttpServer:
     """Serve on host:port (port 0 picks one). Raises OSError when the port cannot be had."""
     host, _, port = listen.rpartition(":")
@@ -61,6 +62,7 @@ async def start_http_server(
         backlog=2048,
         timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=1,
+        ssl_context_factory=(lambda _config, _default: https) if https is not None else None,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http-server")

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from ascendra import AscendraError, AsyncClient, RetryPolicy, Session
+from ascendra import AscendraError, AsyncClient, RetryPolicy, Session, Tls
 from ascendra.errors import CONNECTION_LOST
 
 
@@ -20,7 +20,14 @@ class FailoverPolicy(RetryPolicy):
 class Routers:
     """Spreads requests over one session a router; each goes on over the other routers when its own is lost."""
 
-    def __init__(self, addresses: Sequence[str], *, request_timeout_s: float, status_timeout_s: float) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        request_timeout_s: float,
+        status_timeout_s: float,
+        credentials: Tls | None = None,
+    ) -> None:
         self.addresses = tuple(addresses)
         self._clients = [
             AsyncClient(
@@ -28,6 +35,7 @@ class Routers:
                 timeout_s=request_timeout_s,
                 control_timeout_s=status_timeout_s,
                 retry=FailoverPolicy(),
+                credentials=credentials,
             )
             for start in range(len(addresses))
         ]
@@ -35,7 +43,9 @@ class Routers:
         self._turn = itertools.cycle(self._sessions)
         self.any = self._clients[0]
         """Asks whichever router answers."""
-        self.each = [AsyncClient(address, control_timeout_s=status_timeout_s) for address in addresses]
+        self.each = [
+            AsyncClient(address, control_timeout_s=status_timeout_s, credentials=credentials) for address in addresses
+        ]
         """Asks one router; in the order of the addresses."""
 
     def next_session(self) -> Session:

@@ -6,6 +6,7 @@ import contextlib
 import grpc.aio
 
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
+from services.common.access import named_peers
 from services.common.grpc_server import start_grpc_server
 from services.common.http_status import start_http_status
 from services.common.lifecycle import announce_ready
@@ -28,7 +29,7 @@ async def run_predictor(config: PredictorConfig, stop: asyncio.Event) -> int:
         predictor_pb2_grpc.add_PredictorServiceServicer_to_server(servicer, server)
         return [predictor_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name]
 
-    server = await start_grpc_server(config.listen, register)
+    server = await start_grpc_server(config.listen, register, tls=config.tls, authorize=named_peers(config.tls))
     http = await start_http_status(config.metrics_listen, lambda: not stop.is_set()) if config.metrics_listen else None
     publishing = asyncio.create_task(servicer.publish(config.publish_interval_s), name="publish-models")
     stopped = asyncio.create_task(stop.wait(), name="wait-for-stop")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import option
+from services.common.tls import TlsConfig, check_listener
 from services.policy.step_time import PROFILES, StepTimeModel
 
 
@@ -13,6 +14,8 @@ class PredictorConfig:
     """The Ascendra predictor: learns step times, calibrates first-token predictions, serves risk."""
 
     listen: str = option("127.0.0.1:7300", "gRPC address, host:port or unix:PATH; port 0 picks one")
+    tls: TlsConfig = option(TlsConfig(), "certificates of the gRPC port and for connections to other services")
+    insecure: bool = option(False, "listen in plaintext although other machines can reach the address")
     metrics_listen: str = option("127.0.0.1:0", "HTTP address of /health, /live and /metrics; empty: none")
     publish_interval_s: float = option(1.0, "seconds between two snapshots of the models")
     forget_after_s: float = option(600.0, "seconds of silence after which a worker's models are dropped")
@@ -23,6 +26,7 @@ class PredictorConfig:
     log_level: str = option("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
+        check_listener(self.listen, self.tls, self.insecure)
         if self.publish_interval_s <= 0 or self.forget_after_s <= 0 or self.max_workers < 1:
             raise ValueError("publish-interval-s, forget-after-s and max-workers must be above 0")
 

@@ -24,7 +24,7 @@ def main() -> int:
 
         try:
             router = Router(config)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             sys.stderr.write(f"router: {error}\n")
             return 2
         return await router.run(stop)

@@ -52,7 +52,8 @@ class Router:
         self.router_id = config.router_id or f"router-{socket.gethostname()}-{os.getpid()}"
         self.codec = TextCodec(Path(config.model), threads=config.encode_threads, queue=config.encode_queue)
         self.model_name = config.model_name or Path(config.model).resolve().name
-        self.predictions = Predictions(config.predictor, self.router_id, config.prediction_max_age_s)
+        tls = config.tls.as_client()
+        self.predictions = Predictions(config.predictor, self.router_id, config.prediction_max_age_s, tls)
         self.decision_log = DecisionLog(config.decision_log)
         self.pool = WorkerPool(
             self._make_link,
@@ -64,7 +65,7 @@ class Router:
         self.rebalancer = Rebalancer(self.dispatcher)
         self.binder = Binder(self.dispatcher, self.rebalancer) if config.placement == LATE else None
         self.mover = Mover(self.dispatcher)
-        self.relays = Relays(config.sinks, self.router_id)
+        self.relays = Relays(config.sinks, self.router_id, tls)
         self._events = WorkerEvents(self.dispatcher, self.rebalancer, self.mover)
         self.closing = asyncio.Event()
         self.started = asyncio.Event()
@@ -92,7 +93,7 @@ class Router:
     async def run(self, stop: asyncio.Event) -> int:
         """Serve until `stop` is set, then drain; returns the exit status."""
         server = await start_grpc_server(
-            self.config.listen, self._register, reuse_port=self.config.reuse_port, serving=False
+            self.config.listen, self._register, tls=self.config.tls, reuse_port=self.config.reuse_port, serving=False
         )
         http = await self._start_http()
         gc.collect()
@@ -134,6 +135,7 @@ class Router:
             cancel_timeout_s=config.cancel_timeout_s,
             breaker_failures=config.breaker_failures,
             breaker_open_s=config.breaker_open_s,
+            tls=config.tls.as_client(),
         )
         instance = Instance(address, token_load_model(), config.budget_policy)
         return WorkerLink(address, settings, instance, self._events)

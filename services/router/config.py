@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.common.config import option
+from services.common.tls import TlsConfig, check_listener
 from services.policy.admission import AdmissionPolicy
 from services.policy.kv_move import KvMovePolicy
 from services.policy.late_binding import LateBindingPolicy
@@ -65,6 +66,8 @@ class SinkConfig:
     """Tokens kept until it has dealt with them; beyond that the oldest are dropped, and it is told which."""
     ack_timeout_s: float = 30.0
     """A connection on which nothing is acknowledged for this long is replaced, in seconds."""
+    tls: TlsConfig | None = None
+    """How to connect to it; unset: as to everything else; {}: in plaintext."""
 
     def __post_init__(self) -> None:
         if not self.address:
@@ -89,6 +92,8 @@ class RouterConfig:
     """Routes requests to LP and HP workers so that they keep their latency objectives."""
 
     listen: str = option("127.0.0.1:7100", "gRPC address, host:port or unix:PATH; port 0 picks one")
+    tls: TlsConfig = option(TlsConfig(), "certificates of the gRPC port and for connections to other services")
+    insecure: bool = option(False, "listen in plaintext although other machines can reach the address")
     metrics_listen: str = option("127.0.0.1:7190", "HTTP address of /health, /live and /metrics; empty: none")
     reuse_port: bool = option(False, "share the gRPC port with other router processes (SO_REUSEPORT)")
     workers: tuple[str, ...] = option((), "addresses of workers, host:port or unix:PATH")
@@ -151,6 +156,7 @@ class RouterConfig:
     budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
 
     def __post_init__(self) -> None:
+        check_listener(self.listen, self.tls, self.insecure)
         if "default" not in self.slo_classes:
             raise ValueError('slo-classes must have a class "default"')
         for name, tenant in self.tenants.items():

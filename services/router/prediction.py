@@ -10,8 +10,10 @@ from typing import TypeAlias
 import grpc
 import grpc.aio
 
+from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Tls
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
-from services.common.channels import open_channel
+from services.common.channels import Connector
 from services.common.logging import get_logger
 from services.common.wire import model_from_proto
 from services.policy.calibration import P90, ResidualSlice, prior_slices, slice_index
@@ -67,17 +69,19 @@ class TokenLoad:
 class Predictions:
     """The newest snapshot of the predictor's models, and what stands in for it. Times are seconds, monotonic."""
 
-    def __init__(self, address: str, router_id: str, max_age_s: float) -> None:
+    def __init__(self, address: str, router_id: str, max_age_s: float, tls: Tls | None = None) -> None:
         """Prepare; `run` connects.
 
         Args:
             address: of the predictor; empty: there is none.
             max_age_s: a learned model is not used when its worker's telemetry is older.
+            tls: how to connect; None: in plaintext.
         """
         self.address = address
         self.connected = False
         self._router_id = router_id
         self._max_age_s = max_age_s
+        self._tls = tls
         self._learned: dict[str, _Learned] = {}
         self._own: dict[str, StepTimeModel] = {}
         self._loads: dict[str, TokenLoad] = {}
@@ -143,25 +147,27 @@ class Predictions:
         """Follow the predictor until cancelled; without an address return at once."""
         if not self.address:
             return
-        channel = open_channel(self.address)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._for_ever(self._watch, channel))
-                tasks.create_task(self._for_ever(self._report, channel))
-        finally:
-            await channel.close(None)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._for_ever(self._watch))
+            tasks.create_task(self._for_ever(self._report))
 
-    async def _for_ever(self, follow: Callable[[_Stub], Awaitable[None]], channel: grpc.aio.Channel) -> None:
-        stub: _Stub = predictor_pb2_grpc.PredictorServiceStub(channel)
+    async def _for_ever(self, follow: Callable[[_Stub], Awaitable[None]]) -> None:
+        # A connection each: the one must not end when the other is made again.
+        connector = Connector(self.address, self._tls)
         pause_s = _RETRY_S[0]
-        while True:
-            began_s = time.monotonic()
-            try:
-                await follow(stub)
-            except grpc.aio.AioRpcError as error:
-                log.debug("predictor_away", address=self.address, status=error.code().name)
-            pause_s = _RETRY_S[0] if time.monotonic() - began_s > _RETRY_S[1] else min(pause_s * 2, _RETRY_S[1])
-            await asyncio.sleep(pause_s)
+        try:
+            while True:
+                began_s = time.monotonic()
+                try:
+                    await follow(predictor_pb2_grpc.PredictorServiceStub(await connector.channel()))
+                except grpc.aio.AioRpcError as error:
+                    log.debug("predictor_away", address=self.address, status=error.code().name)
+                except InvalidArgumentError as error:
+                    log.error("certificates_unreadable", why=error.message)
+                pause_s = _RETRY_S[0] if time.monotonic() - began_s > _RETRY_S[1] else min(pause_s * 2, _RETRY_S[1])
+                await asyncio.sleep(pause_s)
+        finally:
+            await connector.close()
 
     async def _watch(self, stub: _Stub) -> None:
         call = stub.WatchModels(predictor_pb2.WatchModelsRequest())

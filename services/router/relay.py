@@ -9,8 +9,10 @@ from typing import TypeAlias
 import grpc
 import grpc.aio
 
+from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Tls
 from ascendra.v1 import common_pb2, inference_pb2, sink_pb2, sink_pb2_grpc
-from services.common.channels import open_channel
+from services.common.channels import Connector
 from services.common.errors import ServiceError
 from services.common.logging import get_logger
 from services.router import metrics
@@ -35,11 +37,17 @@ class _SinkLost(Exception):
 class SinkRelay:
     """The stream to one sink."""
 
-    def __init__(self, name: str, config: SinkConfig, router_id: str) -> None:
+    def __init__(self, name: str, config: SinkConfig, router_id: str, tls: Tls | None = None) -> None:
+        """Prepare; `run` connects.
+
+        Args:
+            tls: how to connect where the sink's configuration does not say.
+        """
         self.name = name
         self.connected = False
         self.buffer = RelayBuffer(config.max_buffered_tokens)
         self._config = config
+        self._tls = tls if config.tls is None else config.tls.as_client()
         self._hello = sink_pb2.RelayHello(router_id=router_id, incarnation=secrets.token_hex(8), sink=name)
         self._work = asyncio.Event()
         self._progress_s = 0.0
@@ -60,22 +68,26 @@ class SinkRelay:
 
     async def run(self) -> None:
         """Keep the sink connected until cancelled."""
-        channel = open_channel(self._config.address)
-        stub: sink_pb2_grpc.TokenSinkServiceAsyncStub = sink_pb2_grpc.TokenSinkServiceStub(channel)
+        connector = Connector(self._config.address, self._tls)
         pause_s = _BACKOFF_S[0]
         try:
             while True:
                 began_s = time.monotonic()
-                why = await self._follow(stub)
+                why = await self._follow(connector)
                 log.warning("sink_lost", sink=self.name, address=self._config.address, why=why)
                 lasted = time.monotonic() - began_s > _BACKOFF_S[1]
                 pause_s = _BACKOFF_S[0] if lasted else min(pause_s * 2, _BACKOFF_S[1])
                 await asyncio.sleep(pause_s)
         finally:
-            await channel.close(None)
+            await connector.close()
 
-    async def _follow(self, stub: "sink_pb2_grpc.TokenSinkServiceAsyncStub") -> str:
+    async def _follow(self, connector: Connector) -> str:
         """Serve one connection and return why it ended: whatever a sink does must not harm the router."""
+        try:
+            channel = await connector.channel()
+        except InvalidArgumentError as error:
+            return error.message
+        stub: sink_pb2_grpc.TokenSinkServiceAsyncStub = sink_pb2_grpc.TokenSinkServiceStub(channel)
         call: _Call = stub.Relay()  # type: ignore[call-arg]  # written through the call
         why = "closed"
         try:
@@ -134,8 +146,8 @@ class SinkRelay:
 class Relays:
     """All sinks of a router."""
 
-    def __init__(self, sinks: Mapping[str, SinkConfig], router_id: str) -> None:
-        self._relays = {name: SinkRelay(name, config, router_id) for name, config in sinks.items()}
+    def __init__(self, sinks: Mapping[str, SinkConfig], router_id: str, tls: Tls | None = None) -> None:
+        self._relays = {name: SinkRelay(name, config, router_id, tls) for name, config in sinks.items()}
         self.names = frozenset(sinks)
         """The configured sinks."""
         metrics.SINKS.rows = self._rows

@@ -12,8 +12,10 @@ from typing import Protocol, TypeAlias
 import grpc
 import grpc.aio
 
+from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Tls
 from ascendra.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
-from services.common.channels import open_channel
+from services.common.channels import Connector
 from services.common.logging import get_logger
 from services.common.wire import ROLE_FROM_PROTO
 from services.policy.delivery import DeliverySpread
@@ -77,6 +79,8 @@ class LinkSettings:
     cancel_timeout_s: float
     breaker_failures: int
     breaker_open_s: float
+    tls: Tls | None = None
+    """How to connect; None: in plaintext."""
 
 
 class WorkerLink:
@@ -203,11 +207,11 @@ class WorkerLink:
     async def run(self) -> None:
         """Keep attached until cancelled."""
         pause_s = _BACKOFF_S[0]
-        channel = open_channel(self.address)
+        connector = Connector(self.address, self.settings.tls)
         try:
             while True:
                 began_s = time.monotonic()
-                why = await self._attach_once(channel)
+                why = await self._attach_once(connector)
                 was_up = self._down(why)
                 metrics.LINK_LOSSES.inc()
                 if was_up:
@@ -216,12 +220,16 @@ class WorkerLink:
                 await asyncio.sleep(pause_s)
         finally:
             self._down("the router stops")
-            await channel.close(None)
+            await connector.close()
 
-    async def _attach_once(self, channel: grpc.aio.Channel) -> str:
+    async def _attach_once(self, connector: Connector) -> str:
         """Serve one stream to its end and return why it ended."""
         self._severed.clear()
         self._sever = ""
+        try:
+            channel = await connector.channel()
+        except InvalidArgumentError as error:
+            return error.message
         stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
         call = stub.Attach()  # type: ignore[call-arg]  # written through the call
         hello = worker_pb2.Hello(router_id=self.settings.router_id, protocol_version=PROTOCOL_VERSION)

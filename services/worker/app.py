@@ -8,6 +8,7 @@ from collections.abc import Callable
 import grpc.aio
 
 from ascendra.v1 import worker_pb2, worker_pb2_grpc
+from services.common.access import named_peers
 from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
@@ -36,17 +37,28 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
 
     engine = await VllmEngine.start(config.engine_settings())
     worker = Worker(config, engine)
-    server = await start_grpc_server(config.listen, lambda server: _register(server, worker))
+    server = await start_grpc_server(
+        config.listen,
+        lambda server: _register(server, worker),
+        tls=config.tls,
+        authorize=named_peers(config.tls),
+    )
     http = await start_http_status(config.metrics_listen, lambda: worker.ready) if config.metrics_listen else None
     address = config.advertise or server.address
     (announce or _announce)(worker.worker_id, server.address, http.address if http else "")
     background = [asyncio.create_task(_watch_engine(worker, engine), name="watch-engine")]
     if config.predictor:
-        reporter = TelemetryReporter(worker, config.predictor)
+        reporter = TelemetryReporter(worker, config.predictor, config.tls.as_client())
         background.append(asyncio.create_task(reporter.run(), name="telemetry"))
     background += [
         asyncio.create_task(
-            keep_registered(router, address=address, worker_id=worker.worker_id, ttl_ms=config.register_ttl_ms),
+            keep_registered(
+                router,
+                address=address,
+                worker_id=worker.worker_id,
+                ttl_ms=config.register_ttl_ms,
+                tls=config.tls.as_client(),
+            ),
             name=f"register-{router}",
         )
         for router in config.routers

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.common.config import ConfigError, option
+from services.common.tls import TlsConfig, check_listener
 from services.policy.state import Role
 from services.policy.step_time import PROFILES, StepTimeModel
 from services.worker.engine.kv_transfer import nixl_installed
@@ -19,6 +20,8 @@ class WorkerConfig:
     """An Ascendra worker: a vLLM engine in a role, served to routers."""
 
     listen: str = option("127.0.0.1:50061", "address routers attach to, host:port or unix:PATH; port 0 picks one")
+    tls: TlsConfig = option(TlsConfig(), "certificates of the gRPC port and for connections to other services")
+    insecure: bool = option(False, "listen in plaintext although other machines can reach the address")
     advertise: str = option("", "address announced to routers; empty: the real listen address")
     worker_id: str = option("", "unique id of this worker; empty: host name and process id")
     role: Role = option(Role.UNIFIED, "how it spends its capacity")
@@ -72,6 +75,7 @@ class WorkerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log line written")
 
     def __post_init__(self) -> None:
+        check_listener(self.listen, self.tls, self.insecure)
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_live_requests", "heartbeat_ms")
         for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:

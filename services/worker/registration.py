@@ -5,8 +5,10 @@ import asyncio
 import grpc
 import grpc.aio
 
+from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Tls
 from ascendra.v1 import cluster_pb2, cluster_pb2_grpc
-from services.common.channels import open_channel
+from services.common.channels import Connector
 from services.common.logging import get_logger
 
 log = get_logger()
@@ -14,24 +16,25 @@ log = get_logger()
 _CALL_TIMEOUT_S = 2.0
 
 
-async def keep_registered(router: str, *, address: str, worker_id: str, ttl_ms: int) -> None:
+async def keep_registered(router: str, *, address: str, worker_id: str, ttl_ms: int, tls: Tls | None = None) -> None:
     """Register with a router every third of the ttl until cancelled."""
-    channel = open_channel(router)
-    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+    connector = Connector(router, tls)
     announcement = cluster_pb2.RegisterWorkerRequest(address=address, worker_id=worker_id, ttl_ms=ttl_ms)
     registered: bool | None = None
     try:
         while True:
             try:
+                stub = cluster_pb2_grpc.ClusterServiceStub(await connector.channel())
                 await stub.RegisterWorker(announcement, timeout=_CALL_TIMEOUT_S)
                 known = True
-            except grpc.aio.AioRpcError as error:
+            except (grpc.aio.AioRpcError, InvalidArgumentError) as error:
                 known = False
                 if registered is not False:
-                    log.info("router_away", router=router, status=error.code().name)
+                    why = error.message if isinstance(error, InvalidArgumentError) else error.code().name
+                    log.info("router_away", router=router, status=why)
             if known and not registered:
                 log.info("registered", router=router, address=address)
             registered = known
             await asyncio.sleep(ttl_ms / 3000)
     finally:
-        await channel.close(None)
+        await connector.close()

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
+from ascendra.errors import InvalidArgumentError
+from ascendra.tls import Tls
 from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
-from services.common.channels import open_channel
+from services.common.channels import Connector
 from services.common.logging import get_logger
 from services.common.wire import ROLE_TO_PROTO
 from services.worker import metrics
@@ -28,29 +30,32 @@ _RETRY_S = (0.2, 5.0)
 class TelemetryReporter:
     """Keeps one ReportTelemetry stream open."""
 
-    def __init__(self, worker: Worker, address: str) -> None:
+    def __init__(self, worker: Worker, address: str, tls: Tls | None = None) -> None:
         self._worker = worker
         self._address = address
+        self._tls = tls
         self._pending: deque[tuple[common_pb2.StepTelemetry, float]] = deque(maxlen=_MAX_PENDING)
         worker.engine.on_report(self._on_report)
 
     async def run(self) -> None:
         """Report until cancelled; reconnects for ever."""
-        channel = open_channel(self._address)
-        stub = predictor_pb2_grpc.PredictorServiceStub(channel)
+        connector = Connector(self._address, self._tls)
         pause_s = _RETRY_S[0]
         try:
             while True:
                 opened_s = time.monotonic()
                 try:
+                    stub = predictor_pb2_grpc.PredictorServiceStub(await connector.channel())
                     await stub.ReportTelemetry(self._batches())
                 except grpc.aio.AioRpcError as error:
                     log.info("predictor_away", address=self._address, status=error.code().name)
+                except InvalidArgumentError as error:
+                    log.error("certificates_unreadable", why=error.message)
                 lasted = time.monotonic() - opened_s > _RETRY_S[1]
                 pause_s = _RETRY_S[0] if lasted else min(pause_s * 2, _RETRY_S[1])
                 await asyncio.sleep(pause_s)
         finally:
-            await channel.close(None)
+            await connector.close()
 
     async def _batches(self) -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
         yield self._request(warm_start=await self._worker.engine.step_time_model())
