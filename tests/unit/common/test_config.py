@@ -109,3 +109,35 @@ def test_print_config_and_errors_exit(capsys: pytest.CaptureFixture[str]) -> Non
         load_config(Sample, program="sample", argv=["--budget-tokens", "x"], environ={})
     assert wrong.value.code == 2
     assert "--budget-tokens: expected a number" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """A block."""
+
+    cert: str = option("", "certificate")
+    names: tuple[str, ...] = option((), "names")
+
+    def __post_init__(self) -> None:
+        if self.names and not self.cert:
+            raise ValueError("names needs cert")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocked:
+    """Example service with a block."""
+
+    tls: Files = option(Files(), "files")
+
+
+def test_a_block_can_be_set_from_every_source(tmp_path: Path) -> None:
+    """Each part of a block has a flag and a variable; parts from several sources are checked together."""
+    file = write(tmp_path, "tls: {names: [a, b]}\n")
+    assert resolve(Blocked, file=file, environ={"ASCENDRA_TLS_CERT": "x"}).tls == Files(cert="x", names=("a", "b"))
+    config = resolve(Blocked, environ={"ASCENDRA_TLS_CERT": "x"}, flags={"tls_cert": "y", "tls_names": "c"})
+    assert config.tls == Files(cert="y", names=("c",))
+    assert resolve(Blocked, file=write(tmp_path, dump_config(config))) == config
+    assert load_config(Blocked, program="t", argv=["--tls-cert", "z"], environ={}).tls.cert == "z"
+    for wrong in ("tls: {names: [a]}\n", "tls: {other: 1}\n", "tls: 1\n"):
+        with pytest.raises(ConfigError, match=r"cert|mapping"):
+            resolve(Blocked, file=write(tmp_path, wrong))

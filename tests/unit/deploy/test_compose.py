@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.common.config import resolve
+from services.common.config import resolve, settings
 from services.policy.state import Role
 from tests.unit.deploy.images import CONFIG_FOLDER, CONFIG_TYPES, ROOT, Image, port_of, read_compose, read_image
 
@@ -16,7 +16,8 @@ CPU = ("compose.yaml",)
 GPU = ("compose.yaml", "compose.gpu.yaml")
 WORKERS = ("worker-lp", "worker-hp")
 OWN_MODEL = {"ASCENDRA_MODEL": "/srv/llama"}
-both = pytest.mark.parametrize("files", [CPU, GPU], ids=["cpu", "gpu"])
+TLS = ("compose.yaml", "compose.tls.yaml")
+both = pytest.mark.parametrize("files", [CPU, GPU, TLS], ids=["cpu", "gpu", "tls"])
 
 
 def image_of(service: dict[str, Any]) -> Image:
@@ -57,8 +58,8 @@ def test_images_can_be_built(files: tuple[str, ...]) -> None:
 def test_services_accept_their_configuration(files: tuple[str, ...]) -> None:
     """Files and variables resolve with the services' own loader, and no variable is one that nobody reads."""
     for _, service, image in started_services(read_compose(*files)):
-        fields = CONFIG_TYPES[image.module].__dataclass_fields__
-        assert all(name.removeprefix("ASCENDRA_").lower() in fields for name in service["environment"])
+        known = {setting.variable for setting in settings(CONFIG_TYPES[image.module])}
+        assert set(service["environment"]) <= known
         assert effective_config(service)
 
 
@@ -163,6 +164,22 @@ def test_containers_are_confined(files: tuple[str, ...]) -> None:
     for _, service, _ in started_services({"services": services}):
         grace_s = float(service["stop_grace_period"].removesuffix("s"))
         assert grace_s > getattr(effective_config(service), "drain_timeout_s", 0)
+
+
+def test_tls_is_everywhere() -> None:
+    """With the overlay every port and every connection is encrypted, and files are where the options say."""
+    compose = read_compose(*TLS)
+    services = compose["services"]
+    for name, service, _ in started_services(compose):
+        config = effective_config(service)
+        assert (config.tls.cert, config.tls.key) == (f"/run/secrets/{name}.crt", f"/run/secrets/{name}.key")
+        assert config.tls.as_client()
+        assert not getattr(config, "insecure", False)
+        files = {config.tls.cert, config.tls.key, config.tls.ca, *filter(None, [getattr(config, "https_cert", "")])}
+        assert {file.removeprefix("/run/secrets/") for file in files} == set(service["secrets"])
+        assert all(compose["secrets"][secret]["file"] == f"certs/{secret}" for secret in service["secrets"])
+        assert set(getattr(config.tls, "client_names", ())) <= set(services)
+    assert effective_config(services["gateway"]).https_key
 
 
 def test_every_gpu_worker_has_a_gpu() -> None:

@@ -82,7 +82,7 @@ def test_service_starts_from_what_was_copied(image: Image, tmp_path: Path) -> No
         for source in sources:
             _copy(ROOT / source, tmp_path, target, several=len(sources) > 1 or target.endswith("/"))
     ours = {name: value for name, value in image.environment.items() if name.startswith("ASCENDRA_")}
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **ours}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **ours, "ASCENDRA_INSECURE": "true"}
     configs = list((tmp_path / CONFIG_FOLDER.strip("/")).glob("*.yaml"))
     assert configs
     for config in configs:
