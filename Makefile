@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check lint types fmt protos bench report clean
+.PHONY: help setup demo up test check lint types fmt protos docs bench report clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -56,6 +56,9 @@ fmt: setup ## Format the code
 protos: setup ## Generate the gRPC code (committed; a test fails when it and protos/ differ)
 	buf lint protos
 	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/ascendra/v1/*.proto
+
+docs: setup ## Generate docs/configuration.md and docs/protocol.md (committed; a test fails when they and the code differ)
+	$(PY) -m tools.reference
 
 bench: setup ## What the router adds per token (about ten minutes; wants a quiet machine)
 	$(PY) -m demo.build_model --out .cache/demo-model

@@ -13,7 +13,9 @@ class RolePolicy:
     hp_share: float = 0.125
     """HP instances to start with, as a share of all."""
     min_hp: int = 0
+    """Fewest HP instances."""
     max_hp_share: float = 0.5
+    """Most HP instances, as a share of all."""
     hold_s: float = 30.0
     """Pressure must last this long before a role changes, and changes are at least this far apart."""
     busy_share: float = 0.8

@@ -24,11 +24,17 @@ class SloClass:
     """Objectives of requests that name none, and the limits within which a request may choose its own."""
 
     ttft_ms: float = 2000.0
+    """Time to first token, in milliseconds."""
     tbt_ms: float = 100.0
+    """Time between tokens, in milliseconds."""
     min_ttft_ms: float = 50.0
+    """Tightest TTFT objective that a request gets."""
     max_ttft_ms: float = 600_000.0
+    """Loosest TTFT objective that a request gets."""
     min_tbt_ms: float = 5.0
+    """Tightest TBT objective that a request gets."""
     max_tbt_ms: float = 60_000.0
+    """Loosest TBT objective that a request gets."""
     on_overload: Literal["relegate", "refuse"] = "relegate"
     """What happens to a request that nobody can serve in time and that does not say."""
 
