@@ -48,6 +48,8 @@ spec:
       {{- end }}
       env:
         - {name: ASCENDRA_WORKER_ID, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        # Where other workers read the KV cache of streams that move to them.
+        - {name: ASCENDRA_KV_TRANSFER_HOST, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
         # The image names its own engine; a pool may ask for the emulated one.
         - {name: ASCENDRA_ENGINE, value: {{ $pool.engine }}}
         {{- if gt .nodes 1 }}
