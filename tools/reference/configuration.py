@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.config import ENV_PREFIX
+from services.common.config import ENV_PREFIX, settings
 from services.gateway.config import GatewayConfig
 from services.predictor.config import PredictorConfig
 from services.router.config import RouterConfig
@@ -31,8 +31,9 @@ _INTRODUCTION = """\
 
 An option is set, in order of precedence, by a flag, an environment variable, a key of the YAML file that `--config`
 names, or its default: `drain-timeout-s` is `--drain-timeout-s`, `ASCENDRA_DRAIN_TIMEOUT_S` and `drain-timeout-s:`.
-Names end in their unit. Unknown keys and values outside their limits are refused at the start. Options without a
-variable have structure and are set in YAML only. `python -m services.NAME --print-config` prints the effective
+A block such as `tls: {cert: FILE}` is `--tls-cert` and `ASCENDRA_TLS_CERT`. Names end in their unit. Unknown keys and
+values outside their limits are refused at the start. Other options without a variable have structure and are set in
+YAML only. `python -m services.NAME --print-config` prints the effective
 configuration as a file that `--config` accepts; the files that images and `make up` start from are in
 [deploy/config](../deploy/config).
 """
@@ -46,19 +47,25 @@ def configuration_page(root: Path) -> str:
         lines += _option_table(config_type)
         for key, nested in _nested(config_type):
             lines += ["", f"### {name.capitalize()}: `{key}`", "", _first_sentence(nested), ""]
-            lines += _nested_table(nested)
+            lines += _option_table(nested, f"{key}-") if _is_block(nested) else _nested_table(nested)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _option_table(config_type: type[Any]) -> list[str]:
+def _option_table(config_type: type[Any], prefix: str = "") -> list[str]:
+    """Return the table of what flags and variables may set: the options of a service, or of a block of them."""
     hints = typing.get_type_hints(config_type)
+    settable = {setting.path[0] for setting in settings(config_type) if len(setting.path) == 1}
     rows = []
     for field in dataclasses.fields(config_type):
-        variable = "" if _dataclass_in(hints[field.name]) else f"`{ENV_PREFIX}{field.name.upper()}`"
+        variable = f"`{ENV_PREFIX}{(prefix + field.name).upper().replace('-', '_')}`" if field.name in settable else ""
         key, default, meaning = _row(field, hints[field.name], field.metadata["help"])
         rows.append((key, variable, default, meaning))
     return table(("key", "variable", "default", "meaning"), rows)
+
+
+def _is_block(nested: type[Any]) -> bool:
+    return all("help" in field.metadata for field in dataclasses.fields(nested))
 
 
 def _nested(config_type: type[Any]) -> Iterator[tuple[str, type[Any]]]:
