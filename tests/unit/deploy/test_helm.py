@@ -34,7 +34,7 @@ from tests.unit.deploy.images import CONFIG_FOLDER, CONFIG_TYPES, ROOT, port_of,
 
 every_example = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem.removesuffix("-values"))
 GPU, MULTI_NODE = (CHART / f"ci/{name}-values.yaml" for name in ("gpu", "multi-node"))
-CUSTOM_KINDS = {"PodMonitor", "ScaledObject", "LeaderWorkerSet"}
+CUSTOM_KINDS = {"PodMonitor", "ScaledObject", "LeaderWorkerSet", "Certificate"}
 """Kinds of operators, which Kubernetes' own schemas do not know."""
 SERVICES = {module.removeprefix("services."): config_type for module, config_type in CONFIG_TYPES.items()}
 
@@ -149,7 +149,7 @@ def test_every_router_is_known_to_the_gateways(values: Path) -> None:
 @every_example
 def test_ports_and_probes_meet_what_listens(values: Path) -> None:
     """Container ports are those of the configuration, and every probe asks one of them."""
-    for _, template, container, config in started(values):
+    for _, _, container, config in started(values):
         ports = {p["name"]: p["containerPort"] for p in container["ports"]}
         listening = {port_of(config.listen), port_of(getattr(config, "metrics_listen", config.listen))}
         assert set(ports.values()) == listening
@@ -157,11 +157,16 @@ def test_ports_and_probes_meet_what_listens(values: Path) -> None:
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container[kind]
             if "grpc" in probe:
+                # Kubernetes' own gRPC probe cannot speak TLS.
                 assert probe["grpc"]["port"] == port_of(config.listen)
-                assert component_of(template) != "gateway"
+                assert not config.tls.serves
             else:
                 assert ports[probe["httpGet"]["port"]] in listening
-                assert probe["httpGet"]["path"] == ("/health" if kind == "readinessProbe" else "/live")
+                assert probe["httpGet"]["path"] in {"readinessProbe": ["/health"], "livenessProbe": ["/live"]}.get(
+                    kind, ["/health", "/live"]
+                )
+                https = bool(getattr(config, "https_cert", ""))
+                assert (probe["httpGet"].get("scheme", "HTTP") == "HTTPS") == https
 
 
 @every_example
@@ -275,6 +280,54 @@ def test_autoscaling_asks_for_metrics_that_exist(values: Path) -> None:
         assert f'worker=~"{name_of(found)}-[0-9]+"' in backlog["query"]
         assert "vllm:kv_cache_usage_perc" in kv_usage["query"]
         assert all(float(metadata["threshold"]) > 0 for metadata in (backlog, kv_usage))
+
+
+def test_certificates_carry_the_names_that_are_asked_for() -> None:
+    """Each client finds the name it insists on in its servers' certificates; each server admits its clients' names."""
+    names = {
+        found["metadata"]["labels"]["app.kubernetes.io/component"]: found["spec"]
+        for found in of_kind(render(GPU), "Certificate")
+    }
+    calls = {("gateway", "router"), ("router", "worker"), ("router", "predictor"), ("worker", "predictor")}
+    configs = {component_of(template): config.tls for _, template, _, config in started(GPU)}
+    assert set(configs) == set(names) == set(SERVICES)
+    for client, server in calls:
+        assert configs[client].server_name in names[server]["dnsNames"]
+        if configs[server].client_names:
+            assert set(configs[server].client_names) & set(names[client]["dnsNames"])
+    # A stolen certificate of a gateway or of a client opens neither workers nor the predictor.
+    for server in ("worker", "predictor"):
+        assert configs[server].client_names
+        assert not set(configs[server].client_names) & set(names["gateway"]["dnsNames"])
+
+
+def test_certificates_are_where_the_services_look() -> None:
+    """The Secret that cert-manager fills is mounted in the folder that the configuration names."""
+    secrets = {
+        found["metadata"]["labels"]["app.kubernetes.io/component"]: found["spec"]["secretName"]
+        for found in of_kind(render(GPU), "Certificate")
+    }
+    for _, template, container, config in started(GPU):
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        for file, name in ((config.tls.cert, "tls.crt"), (config.tls.key, "tls.key"), (config.tls.ca, "ca.crt")):
+            folder, _, found = file.rpartition("/")
+            assert found == name
+            assert mounts[folder]["secret"]["secretName"] == secrets[component_of(template)]
+        if component_of(template) == "gateway":
+            assert mounts[config.https_cert.rpartition("/")[0]]["secret"]["secretName"] == "llm-example-com-tls"
+            assert mounts[config.api_keys_file.rpartition("/")[0]]["secret"]["secretName"] == "ascendra-keys"
+
+
+@every_example
+def test_plaintext_ports_are_behind_a_network_policy(values: Path) -> None:
+    """A service says that its port is open only without TLS, and then the chart restricts who reaches it."""
+    policies = {
+        p["metadata"]["labels"]["app.kubernetes.io/component"] for p in of_kind(render(values), "NetworkPolicy")
+    }
+    for _, template, _, config in started(values):
+        assert getattr(config, "insecure", not config.tls.serves) == (not config.tls.serves)
+        assert component_of(template) in policies
 
 
 def test_scraped_ports_exist() -> None:

@@ -125,3 +125,48 @@ volumeMounts:
 {{- define "ascendra.grace" -}}
 {{- add .Values.settleSeconds .Values.drainTimeoutSeconds 15 -}}
 {{- end -}}
+
+{{/* The Secret with a component's certificate. Call with (list $ COMPONENT). */}}
+{{- define "ascendra.tlsSecret" -}}
+{{- $root := index . 0 -}}
+{{- default (printf "%s-%s-tls" (include "ascendra.fullname" $root) (index . 1)) (index $root.Values.tls.secrets (index . 1)) -}}
+{{- end -}}
+
+{{/*
+The certificates of a component as its configuration says it. Routers reach workers by address, so that all they ask of
+a certificate is a name that those of workers and the predictor share. Call with (list $ COMPONENT).
+*/}}
+{{- define "ascendra.tlsConfig" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $name := include "ascendra.fullname" $root -}}
+{{- $asks := dict "router" "internal" "worker" "predictor" "gateway" "router" -}}
+{{- $admits := dict "worker" (list "router") "predictor" (list "router" "worker") -}}
+{{- if $root.Values.tls.enabled -}}
+tls:
+  cert: /etc/ascendra-tls/tls.crt
+  key: /etc/ascendra-tls/tls.key
+  ca: /etc/ascendra-tls/ca.crt
+  {{- with index $asks $component }}
+  server-name: {{ $name }}-{{ . }}
+  {{- end }}
+  {{- with index $admits $component }}
+  client-names:
+    {{- range . }}
+    - {{ $name }}-{{ . }}
+    {{- end }}
+  {{- end }}
+{{- else if ne $component "gateway" -}}
+# The network policy is what protects the port.
+insecure: true
+{{- end -}}
+{{- end -}}
+
+{{/* Asks a gRPC service for its health: Kubernetes' own probe speaks plaintext only. Call with (list $ PORT). */}}
+{{- define "ascendra.grpcProbe" -}}
+{{- if (index . 0).Values.tls.enabled -}}
+httpGet: {path: /health, port: metrics}
+{{- else -}}
+grpc: {port: {{ index . 1 }}}
+{{- end -}}
+{{- end -}}

@@ -64,11 +64,11 @@ spec:
         - {name: metrics, containerPort: 50090}
       # It listens once the model is loaded.
       startupProbe:
-        grpc: {port: 50061}
+        {{- include "ascendra.grpcProbe" (list $root 50061) | nindent 8 }}
         periodSeconds: 5
         failureThreshold: {{ div $pool.startupSeconds 5 }}
       readinessProbe:
-        grpc: {port: 50061}
+        {{- include "ascendra.grpcProbe" (list $root 50061) | nindent 8 }}
         periodSeconds: 2
         failureThreshold: 2
       # Green while it drains. A dead engine ends the process, which the kubelet then starts again.
@@ -90,6 +90,9 @@ spec:
         - {name: models, mountPath: /models, readOnly: true}
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
+        {{- if $root.Values.tls.enabled }}
+        - {name: tls, mountPath: /etc/ascendra-tls, readOnly: true}
+        {{- end }}
   volumes:
     - name: config
       configMap: {name: {{ .name }}}
@@ -99,4 +102,8 @@ spec:
       emptyDir: {}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $pool.sharedMemory }}}
+    {{- if $root.Values.tls.enabled }}
+    - name: tls
+      secret: {secretName: {{ include "ascendra.tlsSecret" (list $root "worker") }}, defaultMode: 0440}
+    {{- end }}
 {{- end -}}
