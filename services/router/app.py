@@ -29,6 +29,7 @@ from services.router.mover import Mover
 from services.router.prediction import Predictions, token_load_model
 from services.router.rebalancer import Rebalancer
 from services.router.relay import Relays
+from services.router.relief import StreamRelief
 from services.router.role_keeper import RoleKeeper
 from services.router.servicer import InferenceServicer
 from services.router.text import TextCodec
@@ -65,6 +66,7 @@ class Router:
         self.rebalancer = Rebalancer(self.dispatcher)
         self.binder = Binder(self.dispatcher, self.rebalancer) if config.placement == LATE else None
         self.mover = Mover(self.dispatcher)
+        self.relief = StreamRelief(self.dispatcher, self.mover)
         self.relays = Relays(config.sinks, self.router_id, tls)
         self._events = WorkerEvents(self.dispatcher, self.rebalancer, self.mover)
         self.closing = asyncio.Event()
@@ -130,8 +132,9 @@ class Router:
         settings = LinkSettings(
             router_id=self.router_id,
             model_name=self.model_name,
-            silence_heartbeats=config.silence_heartbeats,
+            silence_s=config.silence_s,
             stall_s=config.stall_s,
+            stall_unknown_s=config.stall_unknown_s,
             cancel_timeout_s=config.cancel_timeout_s,
             breaker_failures=config.breaker_failures,
             breaker_open_s=config.breaker_open_s,
@@ -148,6 +151,8 @@ class Router:
             if self.binder is not None:
                 tasks.create_task(self.binder.run())
             tasks.create_task(self.mover.run())
+            if self.config.relief and self.config.move_running:
+                tasks.create_task(self.relief.run())
             tasks.create_task(self.relays.run())
             tasks.create_task(self._monitor(server))
             if self.config.elastic_roles:

@@ -164,6 +164,7 @@ def _counters(dispatcher: Dispatcher) -> dict[str, int]:
     """Return the counters under the names of the proto's comment."""
     plural = {
         "offload": "offloads",
+        "relief": "reliefs",
         "ticket": "tickets",
         "relegate": "relegations",
         "refuse": "refusals",

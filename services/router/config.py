@@ -11,6 +11,7 @@ from services.policy.kv_move import KvMovePolicy
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.placement import PLACEMENTS
+from services.policy.relief import ReliefPolicy
 from services.policy.roles import RolePolicy
 from services.policy.tickets import TicketPolicy
 from services.policy.token_budget import BudgetPolicy
@@ -128,6 +129,7 @@ class RouterConfig:
     )
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
     rescue: bool = option(True, "move waiting requests between LP or unified workers before they miss their objective")
+    relief: bool = option(True, "move running streams before their worker breaks their TBT objective")
     tickets: bool = option(True, "let idle HP workers take waiting LP requests")
     elastic_roles: bool = option(False, "set the workers' roles: HPs follow the offload pressure; for one router only")
     decide_interval_ms: float = option(15.0, "longest time between two rounds of offload and ticket decisions")
@@ -136,8 +138,11 @@ class RouterConfig:
     max_moves: int = option(5, "attempts of one request that may end because a worker failed")
     no_worker_wait_s: float = option(3.0, "a request waits this long for a worker when there is none, in seconds")
 
-    silence_heartbeats: float = option(12.0, "a worker silent for this many of its heartbeats is suspect")
-    stall_s: float = option(15.0, "a worker whose steps stand still this long with work queued is suspect")
+    silence_s: float = option(
+        0.8, "a worker silent for this long is suspect; longer while its messages come late anyway"
+    )
+    stall_s: float = option(0.9, "a worker whose steps stand still this long, and 4 predicted steps, is suspect")
+    stall_unknown_s: float = option(15.0, "the same while too few of its steps were seen to know its pace")
     cancel_timeout_s: float = option(10.0, "a cancellation not acknowledged in this time counts against the worker")
     withdraw_timeout_s: float = option(5.0, "a withdrawal not answered in this time is given up")
     breaker_failures: int = option(3, "failures in a row that open a worker's circuit")
@@ -155,6 +160,7 @@ class RouterConfig:
     sinks: dict[str, SinkConfig] = option({}, "services that receive copies of streams, by the name requests use")
     admission_policy: AdmissionPolicy = option(AdmissionPolicy(), "limits of what is let in, and of waits in seconds")
     offload_policy: OffloadPolicy = option(OffloadPolicy(), "margins of the offload rule")
+    relief_policy: ReliefPolicy = option(ReliefPolicy(), "margins of moves of running streams")
     ticket_policy: TicketPolicy = option(TicketPolicy(), "when tickets are issued")
     late_binding: LateBindingPolicy = option(LateBindingPolicy(), "when a worker has room, under --placement late")
     kv_move_policy: KvMovePolicy = option(KvMovePolicy(), "prior and bounds of KV transfers")
@@ -175,7 +181,14 @@ class RouterConfig:
         for name in (*at_least_one, "session_max_requests", "encode_threads", "encode_queue", "breaker_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1")
-        positive = ("decide_interval_ms", "silence_heartbeats", "stall_s", "cancel_timeout_s", "withdraw_timeout_s")
+        positive = (
+            "decide_interval_ms",
+            "silence_s",
+            "stall_s",
+            "stall_unknown_s",
+            "cancel_timeout_s",
+            "withdraw_timeout_s",
+        )
         for name in (*positive, "breaker_open_s", "worker_dns_interval_s", "prediction_max_age_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name.replace('_', '-')} must be above 0")

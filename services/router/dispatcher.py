@@ -310,7 +310,7 @@ class Dispatcher:
         found = self._where.get(request.spec.request_id)
         if found is not None and not request.ended:
             self.stop_attempt(request)
-            self.move(request, found[0], why)
+            self.move(request, found[0], why, "abandoned")
 
     def detach(self, request: LiveRequest) -> None:
         """Take note that a request's attempt is over at its worker."""
@@ -405,20 +405,31 @@ class Dispatcher:
         metrics.PARKED.set(len(self._parked))
         self.note(request, "park", "no worker takes requests")
 
-    def move(self, request: LiveRequest, link: WorkerLink, why: str) -> None:
-        """Continue a request elsewhere after its worker gave it up; its old attempt is fenced already."""
+    def move(self, request: LiveRequest, link: WorkerLink, why: str, cause: str) -> None:
+        """Continue a request elsewhere after its worker gave it up; its old attempt is fenced already.
+
+        Args:
+            why: in words, for Explain.
+            cause: in one word, for the metrics.
+        """
         if request.ended:
             return
         request.moves += 1
         request.fence()
+        outcome = "moved"
         if request.has_tokens and request.spec.pinned:
+            outcome = "pinned"
             self._lost(request, f"{why}; the request is pinned: {request.spec.contract_reason}", "PINNED")
         elif request.has_tokens and not self.config.move_running:
+            outcome = "forbidden"
             self._lost(request, why, "WORKER_LOST")
         elif request.moves > self.config.max_moves:
+            outcome = "too_many_moves"
             self._lost(request, f"{why}; attempt {request.moves} to fail", "TOO_MANY_MOVES")
         else:
             self.place(request, "move", why, avoid=link)
+        if request.has_tokens:
+            metrics.RUNNING_MOVES.labels(cause=cause, outcome=outcome).inc()
 
     def _lost(self, request: LiveRequest, message: str, reason: str) -> None:
         safe = not request.has_tokens

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.wire import ROLE_FROM_PROTO
+from services.policy.liveness import RecentMaximum, stall_limit_s
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
-from services.policy.step_time import StepTimeModel
+from services.policy.step_time import StepShape, StepTimeModel
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 
@@ -68,6 +69,8 @@ class Instance:
         self.step_s = 0.0
         """Smoothed seconds of a step with prefill."""
         self._any_step_s = 0.0
+        self._steps_seen = 0
+        self._longest_step = RecentMaximum()
         self._report_s = 0.0
         self._queue: dict[int, Placed] = {}
         self._coming: dict[str, QueuedRequest] = {}
@@ -89,6 +92,7 @@ class Instance:
         self._decode_tbt_s.clear()
         view.decodes = view.decode_context_tokens = 0
         self.waiting = self.running = self.queued_prefill_tokens = self.steps = 0
+        self._steps_seen = 0
         self.last_message_s = self.steps_changed_s = self._report_s = now_s
 
     def adopt(self, policy: worker_pb2.SchedulingPolicy, static_tokens: int = 0) -> None:
@@ -110,6 +114,8 @@ class Instance:
         if step.step != self.steps:
             self.steps, self.steps_changed_s = step.step, now_s
         self._report_s = now_s - step.age_s
+        self._steps_seen += 1
+        self._longest_step.observe(step.step_s, now_s)
         self.waiting, self.running = step.waiting, step.running
         self.queued_prefill_tokens = step.queued_prefill_tokens
         self.kv_usage = step.kv_usage
@@ -131,6 +137,18 @@ class Instance:
             if not beat.waiting:
                 self.queued_prefill_tokens = 0
         self._report_s = now_s
+
+    @property
+    def observed_step_s(self) -> float:
+        """Smoothed seconds of its last steps; 0 while it is idle."""
+        return self._any_step_s if self.running else 0.0
+
+    def stall_limit_s(self, now_s: float, stall_s: float, unknown_s: float) -> float:
+        """Return how long its steps may stand still with work queued: longer than a step in progress may take."""
+        view = self.view
+        longest = StepShape(view.max_num_batched_tokens, view.decodes, view.decode_context_tokens)
+        predicted_s = view.model.step_s(longest)
+        return stall_limit_s(stall_s, unknown_s, self._steps_seen, predicted_s, self._longest_step.value(now_s))
 
     def stalled(self, now_s: float, stall_s: float) -> bool:
         """Return whether steps have stood still that long although there is work."""

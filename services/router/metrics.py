@@ -33,6 +33,11 @@ MOVE_SECONDS = Histogram(
     ["method"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0),
 )
+RUNNING_MOVES = Counter(
+    "ascendra_router_running_moves",
+    "Streams with tokens that moved, or should have: the cause, and what became of it.",
+    ["cause", "outcome"],
+)
 LINK_LOSSES = Counter("ascendra_router_link_losses", "Worker streams that ended, or could not be opened.")
 LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
 PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")

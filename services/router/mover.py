@@ -39,6 +39,8 @@ class MovePlan:
     source: WorkerLink
     target: WorkerLink
     choice: MoveChoice
+    kind: str = "move"
+    """Of the decision, for Explain and the counters."""
 
     @property
     def cost_s(self) -> float:
@@ -88,7 +90,7 @@ class Mover:
         self.start(plan, why)
         return True
 
-    def plan(self, request: LiveRequest, target: WorkerLink | None = None) -> MovePlan | None:
+    def plan(self, request: LiveRequest, target: WorkerLink | None = None, kind: str = "move") -> MovePlan | None:
         """Say where and how a request would move; None when it must not, or nobody else takes it."""
         found = self._dispatcher.where(request)
         if found is None or request.ended or not self._may_move(request, found[1]):
@@ -107,7 +109,7 @@ class Mover:
             size = source.known.kv_transfer.bytes_per_token
             pair, policy = self._pair(source, target), self._config.kv_move_policy
             choice = choose_method(request.queued().prompt_tokens, size, pair.time, replay_s, policy)
-        return MovePlan(request, placed, source, target, choice)
+        return MovePlan(request, placed, source, target, choice, kind)
 
     def start(self, plan: MovePlan, why: str) -> None:
         """Carry a plan out; to be called with a fresh one."""
@@ -254,7 +256,7 @@ class Mover:
     def _submit(self, plan: MovePlan, why: str, kv_handle: bytes = b"") -> None:
         request, target = plan.request, plan.target
         at_s = time.monotonic() - request.arrival_s
-        record = DecisionRecord(at_s, "move", why, from_worker_id=plan.source.worker_id)
+        record = DecisionRecord(at_s, plan.kind, why, from_worker_id=plan.source.worker_id)
         predicted = (plan.choice.kv_s, 0.0) if kv_handle else None
         self._dispatcher.submit(request, target, record, predicted=predicted, kv_handle=kv_handle)
 

@@ -1,6 +1,6 @@
 """Moves waiting requests: before they miss, to idle HP on tickets, away from a worker that drains.
 
-Every move is two-phase: withdraw, wait until the worker says that the request was never scheduled, then submit.
+Every such move is two-phase: withdraw, wait until the worker says that the request was never scheduled, then submit.
 """
 
 import asyncio

@@ -121,7 +121,7 @@ class LiveRequest:
     __slots__ = (
         "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "arrival_s", "attempt", "attempts",
         "cached_prompt_tokens", "decisions", "first_token_s", "generated", "hops", "last_gap_s", "last_token_s",
-        "moves", "relegated", "resumed_tokens", "sink", "spec", "state", "text",
+        "moves", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text",
     )  # fmt: skip
 
     def __init__(
@@ -149,6 +149,8 @@ class LiveRequest:
         """Offloads so far."""
         self.moves = 0
         """Attempts that ended because of their worker."""
+        self.reliefs = 0
+        """Moves because its worker would have broken its cadence."""
         self.relegated = False
         self.cached_prompt_tokens = 0
         self.first_token_s = 0.0

@@ -57,8 +57,8 @@ class WorkerEvents:
                 twin.sever("its twin is gone")
         for placed in orphans:
             self._dispatcher.detach(placed.request)
-        for placed in orphans:
-            self._dispatcher.move(placed.request, link, f"worker lost ({why})")
+        for placed in sorted(orphans, key=_urgency):
+            self._dispatcher.move(placed.request, link, f"worker lost ({why})", link.lost_cause)
         self._dispatcher.work_changed()
 
     def on_step(self, link: WorkerLink, step: worker_pb2.StepOutput, now_s: float) -> None:
@@ -131,7 +131,8 @@ class WorkerEvents:
             return
         if failed.reason not in _NOT_ITS_FAULT:
             link.breaker.failed(time.monotonic())
-        self._dispatcher.move(request, link, f"{failed.reason or failed.code}: {failed.message}")
+        cause = "drain" if failed.reason == "DRAINING" else "request_failed"
+        self._dispatcher.move(request, link, f"{failed.reason or failed.code}: {failed.message}", cause)
 
     def on_draining(self, link: WorkerLink, remaining_s: float) -> None:
         """Let waiting requests leave a worker that drains; running ones move when it gives them up."""
@@ -206,6 +207,12 @@ class WorkerEvents:
         limit = self._dispatcher.config.max_unread_tokens
         error = ResourceExhausted(f"more than {limit} tokens were not read", reason="SLOW_READER")
         self._dispatcher.fail(request, error)
+
+
+def _urgency(placed: Placed) -> tuple[bool, float]:
+    """Streams first, then by the deadline of the next token."""
+    queued = placed.request.queued()
+    return not queued.continued, queued.deadline_s
 
 
 def _is_silent(request: LiveRequest, end: worker_pb2.RequestEnded) -> bool:

@@ -19,6 +19,7 @@ from services.common.channels import Connector
 from services.common.logging import get_logger
 from services.common.wire import ROLE_FROM_PROTO
 from services.policy.delivery import DeliverySpread
+from services.policy.liveness import SilenceDetector
 from services.policy.state import Role
 from services.router import metrics
 from services.router.breaker import Breaker
@@ -34,6 +35,10 @@ _BACKOFF_S = (0.05, 2.0)
 _WELCOME_TIMEOUT_S = 10.0
 _PING_S = 1.0
 _RTT_SHARE = 0.2
+_LOOK_S = 0.1
+"""Time between two looks at whether the worker is silent or stalled."""
+_SHORTEST_HEARTBEAT_S = 0.05
+_SILENT, _STALLED = "silent", "stalled"
 
 
 class LinkEvents(Protocol):
@@ -74,8 +79,9 @@ class LinkSettings:
 
     router_id: str
     model_name: str
-    silence_heartbeats: float
+    silence_s: float
     stall_s: float
+    stall_unknown_s: float
     cancel_timeout_s: float
     breaker_failures: int
     breaker_open_s: float
@@ -115,6 +121,7 @@ class WorkerLink:
         self._sever: str = ""
         self._severed = asyncio.Event()
         self._role_changed = asyncio.Event()
+        self._silence = SilenceDetector(settings.silence_s, _SHORTEST_HEARTBEAT_S, 0.0)
 
     @property
     def worker_id(self) -> str:
@@ -130,6 +137,11 @@ class WorkerLink:
     def draining(self) -> bool:
         """The worker takes no new requests."""
         return self.instance.view.draining
+
+    @property
+    def lost_cause(self) -> str:
+        """Why its last stream ended, in one word."""
+        return self._sever if self._sever in (_SILENT, _STALLED) else "stream_ended"
 
     def health(self) -> "cluster_pb2.WorkerHealth":
         """Return the state of the circuit."""
@@ -217,6 +229,9 @@ class WorkerLink:
                 if was_up:
                     log.warning("worker_lost", address=self.address, worker_id=self.worker_id, why=why)
                 pause_s = _BACKOFF_S[0] if time.monotonic() - began_s > 1.0 else min(pause_s * 2, _BACKOFF_S[1])
+                if self._sever == _SILENT:
+                    # The connection may lead nowhere, which gRPC's own keepalive notices much later.
+                    await connector.close()
                 await asyncio.sleep(pause_s)
         finally:
             self._down("the router stops")
@@ -245,6 +260,7 @@ class WorkerLink:
                 tasks.create_task(self._write(call))
                 tasks.create_task(self._watch())
         except TimeoutError:
+            self._sever = _SILENT
             return "no welcome in time"
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
@@ -273,6 +289,8 @@ class WorkerLink:
         self._sequence = 0
         self.welcome = self.known = welcome
         self.instance.welcome(welcome, now_s)
+        heartbeat_s = max(welcome.heartbeat_ms / 1000, _SHORTEST_HEARTBEAT_S)
+        self._silence = SilenceDetector(self.settings.silence_s, heartbeat_s, now_s)
         self.refused_why = self._unusable(welcome)
         if self.refused_why:
             log.error("worker_refused", address=self.address, worker_id=welcome.worker_id, why=self.refused_why)
@@ -318,6 +336,7 @@ class WorkerLink:
     async def _read(self, call: _Call) -> None:
         while isinstance(response := await call.read(), worker_pb2.AttachResponse):
             now_s = self.instance.last_message_s = time.monotonic()
+            self._silence.heard(now_s)
             kind = response.WhichOneof("message")
             if kind == "step":
                 self._on_step(response.step, now_s)
@@ -381,25 +400,24 @@ class WorkerLink:
 
     async def _watch(self) -> None:
         """Ping, and give the stream up when the worker is silent, stalled, or told to go."""
-        heartbeat_s = max(self.known.heartbeat_ms, 50) / 1000
-        silence_s = heartbeat_s * self.settings.silence_heartbeats
         next_ping_s = 0.0
         while True:
             slept_s = time.monotonic()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(heartbeat_s / 2):
+                async with asyncio.timeout(_LOOK_S):
                     await self._severed.wait()
             if self._severed.is_set():
                 raise Suspect(self._sever)
             now_s = time.monotonic()
-            if now_s - slept_s > heartbeat_s:
+            if now_s - slept_s > 2 * _LOOK_S:
                 continue  # this process was held up: what the worker said may be unread
-            if now_s - self.instance.last_message_s > silence_s:
-                self._sever = "silent"
+            if self._silence.silent(now_s):
+                self._sever = _SILENT
                 raise Suspect(f"silent for {now_s - self.instance.last_message_s:.1f} s")
-            if self.instance.stalled(now_s, self.settings.stall_s):
-                self._sever = "stalled"
-                raise Suspect(f"its steps stand still for {self.settings.stall_s:g} s with work queued")
+            stall_s = self.instance.stall_limit_s(now_s, self.settings.stall_s, self.settings.stall_unknown_s)
+            if self.instance.stalled(now_s, stall_s):
+                self._sever = _STALLED
+                raise Suspect(f"its steps stand still for {stall_s:.1f} s with work queued")
             self._expire_cancellations(now_s)
             if now_s >= next_ping_s:
                 next_ping_s = now_s + _PING_S

@@ -1,12 +1,12 @@
-"""Streams against a cluster whose processes are killed, stopped and restarted at random.
+"""Streams against a cluster whose processes are killed, stopped, cut off and restarted at random.
 
-`python -m tests.cluster.chaos --minutes 10 --workers 8 --streams 300` prints what happened and exits with 1 if
-anything was lost, repeated, reordered, wrong or hung.
+`python -m tests.cluster.chaos --out bench/results/chaos.json` disturbs 8 workers under 300 streams every 10 s for 10
+minutes, and kills one of two routers every minute. It prints what happened and exits with 1 if anything was lost,
+repeated, reordered, wrong or hung, or a stream ended without a finish reason.
 """
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import random
@@ -15,23 +15,31 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from tokenizers import Tokenizer
 
-from ascendra import AsyncClient
+from ascendra import AsyncClient, Slo
+from services.policy.step_time import StepTimeBin, StepTimeModel
 from tests.cluster.load import Load, Recording, random_prompts, undisturbed
 from tests.support.cluster import Service, Site, attached, running
+from tests.support.fault_proxy import FaultProxy, proxies
 from tests.support.tiny_model import VOCAB_SIZE, shared_tiny_model
 from tests.support.worker_process import emulated_worker
 
 SESSIONS = 2
 TOKENS = (10, 200)
-STOPPED_S = 2.0
-SILENT_HEARTBEATS = 6
-"""A worker silent for so long, 1.5 s, is given up, so that a stop is noticed."""
+AWAY_S = 3.0
+"""How long a worker is stopped or cut off; longer than it takes to be noticed."""
+STEP_S = 0.1
+"""Of the workers that the command starts: 300 streams then are 3,000 tokens a second."""
+OBJECTIVE = Slo(ttft_ms=20_000, tbt_ms=1000)
+KINDS = ("kill front end", "kill engine core", "stop", "cut off", "restart")
 _SAMPLE_S = 1.0
 
 
@@ -39,11 +47,13 @@ _SAMPLE_S = 1.0
 class Plan:
     """What to do."""
 
-    seconds: float = 75.0
+    seconds: float
+    streams: int
     routers: int = 2
-    streams: int = 60
-    every_s: float = 5.0
+    every_s: float = 10.0
     """Time between two disturbances of workers."""
+    router_every_s: float = 60.0
+    """Time between two deaths of routers."""
     seed: int = 0
 
 
@@ -55,43 +65,54 @@ class Report:
     failures: list[str] = field(default_factory=list)
     disturbances: list[str] = field(default_factory=list)
     rss_bytes: dict[str, list[int]] = field(default_factory=dict)
-    """Samples of the processes that lived from beginning to end, by name."""
+    """Samples by name of the service, through all lives of its process."""
+    lives: Counter[str] = field(default_factory=Counter)
+    """Processes that a service was seen in."""
 
     def moved_gaps_s(self) -> list[float]:
         """Return the largest gaps of the streams that went on elsewhere after their first token, sorted."""
         return sorted(recording.largest_gap_s for recording in self.recordings if recording.moved_running)
 
     def growth(self) -> dict[str, float]:
-        """Return mean resident memory in the last quarter over that in the first quarter, by process."""
+        """Return mean resident memory in the last quarter over that in the first quarter, by service."""
         ratios = {}
         for name, samples in self.rss_bytes.items():
             quarter = max(len(samples) // 4, 1)
             ratios[name] = statistics.fmean(samples[-quarter:]) / statistics.fmean(samples[:quarter])
         return ratios
 
-    def summary(self) -> str:
-        """Return the numbers as JSON."""
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers as plain data."""
         gaps = self.moved_gaps_s()
-        numbers = {
+        unmoved = sorted(recording.largest_gap_s for recording in self.recordings if not recording.moved_running)
+        finished = [recording.finished for recording in self.recordings if recording.finished is not None]
+        return {
             "streams": len(self.recordings),
             "failed": len(self.failures),
             "tokens": sum(len(recording.token_ids) for recording in self.recordings),
+            "finish_reasons": Counter(str(end.reason) for end in finished),
             "moved_after_first_token": len(gaps),
-            "moved_gap_p50_s": round(_quantile(gaps, 0.5), 3),
-            "moved_gap_p99_s": round(_quantile(gaps, 0.99), 3),
+            "moved_largest_gap_p50_s": round(_quantile(gaps, 0.5), 3),
+            "moved_largest_gap_p99_s": round(_quantile(gaps, 0.99), 3),
+            "unmoved_largest_gap_p50_s": round(_quantile(unmoved, 0.5), 3),
+            "unmoved_largest_gap_p99_s": round(_quantile(unmoved, 0.99), 3),
             "disturbances": self.disturbances,
-            "rss_growth": {name: round(ratio, 3) for name, ratio in self.growth().items()},
+            "rss_last_over_first_quarter": {name: round(ratio, 3) for name, ratio in sorted(self.growth().items())},
+            "processes": dict(sorted(self.lives.items())),
             "failures": self.failures[:20],
         }
-        return json.dumps(numbers, indent=2)
 
 
 class Chaos:
     """Disturbs a cluster."""
 
-    def __init__(self, site: Site, workers: list[str], routers: list[Service], plan: Plan, report: Report) -> None:
+    def __init__(
+        self, site: Site, network: dict[str, FaultProxy], routers: list[Service], plan: Plan, report: Report
+    ) -> None:
+        """Prepare; `network` has the proxy in front of each worker."""
         self._site = site
-        self._workers = workers
+        self._network = network
+        self._workers = list(network)
         self._routers = routers
         self._plan = plan
         self._report = report
@@ -99,25 +120,38 @@ class Chaos:
         self._began_s = time.monotonic()
 
     async def run(self) -> None:
-        """Disturb workers at every interval, and a router midway."""
-        kinds = itertools.cycle(["kill front end", "stop", "kill engine core", "restart"])
-        halfway_s = self._began_s + self._plan.seconds / 2
-        router_killed = len(self._routers) < 2
-        while (now_s := time.monotonic()) < self._began_s + self._plan.seconds:
-            if not router_killed and now_s >= halfway_s:
-                router_killed = True
-                await self._kill_router(self._routers[0])
-            began_s = time.monotonic()
-            await self._disturb(next(kinds))
+        """Disturb a worker at every interval, all kinds in random order before one comes again, and routers in turn."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._disturb_workers())
+            if len(self._routers) > 1:
+                tasks.create_task(self._kill_routers())
+
+    async def _disturb_workers(self) -> None:
+        kinds: list[str] = []
+        while (began_s := time.monotonic()) < self._began_s + self._plan.seconds or kinds:
+            if not kinds:
+                kinds = self._rng.sample(KINDS, len(KINDS))
+            await self._disturb(kinds.pop())
             await asyncio.sleep(max(self._plan.every_s - (time.monotonic() - began_s), 0))
+
+    async def _kill_routers(self) -> None:
+        for number in range(1, int(self._plan.seconds / self._plan.router_every_s) + 1):
+            due_s = self._began_s + (number - 0.5) * self._plan.router_every_s
+            await asyncio.sleep(max(due_s - time.monotonic(), 0))
+            await self._kill_router(number % len(self._routers))
 
     async def _disturb(self, kind: str) -> None:
         worker_id = self._rng.choice(self._workers)
         old_pid = self._site.fleet.pid(worker_id)
         self._note(f"{kind} {worker_id}")
+        if kind == "cut off":
+            self._network[worker_id].cut()
+            await asyncio.sleep(AWAY_S)
+            self._network[worker_id].heal()
+            return
         if kind == "stop":
             self._site.signal_worker(worker_id, signal.SIGSTOP)
-            await asyncio.sleep(STOPPED_S)
+            await asyncio.sleep(AWAY_S)
             self._site.signal_worker(worker_id, signal.SIGCONT)
             return
         if kind == "kill engine core":
@@ -126,8 +160,9 @@ class Chaos:
             os.kill(old_pid, signal.SIGKILL if kind == "kill front end" else signal.SIGTERM)
         await self._site.restarted(worker_id, old_pid)
 
-    async def _kill_router(self, router: Service) -> None:
-        self._note("kill and restart a router")
+    async def _kill_router(self, number: int) -> None:
+        self._note(f"kill and restart router {number}")
+        router = self._routers[number]
         await asyncio.to_thread(router.kill)
         await asyncio.to_thread(router.start)
 
@@ -137,21 +172,31 @@ class Chaos:
 
 async def run(plan: Plan, site: Site, workers: list[str]) -> Report:
     """Run chaos on some workers of a site and return what happened."""
+    async with proxies([site.address(worker_id) for worker_id in workers]) as network:
+        return await _run(plan, site, dict(zip(workers, network, strict=True)))
+
+
+async def _run(plan: Plan, site: Site, network: dict[str, FaultProxy]) -> Report:
     report = Report()
     tokenizer = Tokenizer.from_file(str(site.model / "tokenizer.json"))
-    routers = [site.router(workers, silence_heartbeats=SILENT_HEARTBEATS) for _ in range(plan.routers)]
-    async with running(*routers, workers=len(workers)) as client:
-        cases = await undisturbed(
-            client, random_prompts(24, (10, 600), seed=plan.seed, vocab_size=VOCAB_SIZE), TOKENS[1]
-        )
+    addresses = [proxy.address for proxy in network.values()]
+    routers = [site.router_at(addresses, silence_s=0.8, stall_s=0.9) for _ in range(plan.routers)]
+    async with running(*routers, workers=len(network)) as client:
+        prompts = random_prompts(24, (10, 600), seed=plan.seed, vocab_size=VOCAB_SIZE)
+        cases = await undisturbed(client, prompts, TOKENS[1])
         sessions = [client.session() for _ in range(SESSIONS)]
-        load = Load([client, *sessions], cases, tokenizer, streams=plan.streams, tokens=TOKENS, seed=plan.seed)
-        watched = {f"router {number}": router.pid for number, router in enumerate(routers)}
-        watched |= {"predictor": site.predictor.pid} | {name: site.fleet.pid(name) for name in workers}
-        sampling = asyncio.create_task(_sample_memory(watched, report))
+        load = Load(
+            [client, *sessions], cases, tokenizer, streams=plan.streams, tokens=TOKENS, seed=plan.seed, slo=OBJECTIVE
+        )
+        pids: dict[str, Callable[[], int]] = {"predictor": lambda: site.predictor.pid}
+        for number, router in enumerate(routers):
+            pids[f"router {number}"] = lambda router=router: router.pid  # type: ignore[misc]
+        for name in network:
+            pids[name] = lambda name=name: site.fleet.pid(name)  # type: ignore[misc]
+        sampling = asyncio.create_task(_sample_memory(pids, report))
         try:
             async with load:
-                await Chaos(site, workers, routers, plan, report).run()
+                await Chaos(site, network, routers, plan, report).run()
         finally:
             sampling.cancel()
             for session in sessions:
@@ -159,21 +204,26 @@ async def run(plan: Plan, site: Site, workers: list[str]) -> Report:
         await asyncio.gather(sampling, return_exceptions=True)
         for router in routers:
             async with AsyncClient(router.address) as one:
-                await attached(one, len(workers))
+                await attached(one, len(network))
                 assert (await one.status()).live_requests == 0
     report.recordings, report.failures = load.recordings, load.failures
     return report
 
 
-async def _sample_memory(watched: dict[str, int], report: Report) -> None:
-    """Sample processes until cancelled; one that ends is forgotten."""
-    processes = {name: psutil.Process(pid) for name, pid in watched.items()}
+async def _sample_memory(pids: dict[str, Callable[[], int]], report: Report) -> None:
+    """Sample the present process of each service until cancelled."""
+    seen: set[tuple[str, int]] = set()
     while True:
-        for name, process in list(processes.items()):
+        for name, pid_of in pids.items():
+            pid = pid_of()
             try:
-                report.rss_bytes.setdefault(name, []).append(process.memory_info().rss)
+                rss_bytes = psutil.Process(pid).memory_info().rss
             except psutil.NoSuchProcess:
-                del processes[name], report.rss_bytes[name]
+                continue  # it is being started again
+            report.rss_bytes.setdefault(name, []).append(rss_bytes)
+            if (name, pid) not in seen:
+                seen.add((name, pid))
+                report.lives[name] += 1
         await asyncio.sleep(_SAMPLE_S)
 
 
@@ -182,11 +232,14 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def start_site(directory: Path, workers: int) -> tuple[Site, list[str]]:
-    """Start emulated workers, one in four of them HP; return the site and their ids."""
+    """Start emulated workers with steps of STEP_S, one in four of them HP; return the site and their ids."""
     ids = [f"worker-{number}" for number in range(workers)]
+    steady = StepTimeModel((StepTimeBin(0, a0=STEP_S, a2=2e-5),), source="steady")
+    profile = directory / "steady.json"
+    profile.write_text(json.dumps(steady.to_dict()))
     common = {"vocab_size": VOCAB_SIZE, "served_model_name": "tiny", "drain_timeout_s": 1.5}
     configurations = {
-        worker_id: emulated_worker(role="high" if number % 4 == 3 else "low", **common)
+        worker_id: emulated_worker(role="high" if number % 4 == 3 else "low", step_time_profile=str(profile), **common)
         for number, worker_id in enumerate(ids)
     }
     site = Site(directory, configurations, shared_tiny_model())
@@ -201,18 +254,21 @@ def start_site(directory: Path, workers: int) -> tuple[Site, list[str]]:
 def main() -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.25, help="how long to disturb")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to disturb")
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--routers", type=int, default=2)
-    parser.add_argument("--streams", type=int, default=60, help="streams at any time")
-    parser.add_argument("--every-s", type=float, default=5.0, help="seconds between two disturbances")
+    parser.add_argument("--streams", type=int, default=300, help="streams at any time")
+    parser.add_argument("--every-s", type=float, default=10.0, help="seconds between two disturbances of workers")
+    parser.add_argument("--router-every-s", type=float, default=60.0, help="seconds between two deaths of routers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     plan = Plan(
         seconds=options.minutes * 60,
         routers=options.routers,
         streams=options.streams,
         every_s=options.every_s,
+        router_every_s=options.router_every_s,
         seed=options.seed,
     )
     with tempfile.TemporaryDirectory(prefix="ascendra-") as folder:
@@ -221,7 +277,10 @@ def main() -> int:
             report = asyncio.run(run(plan, site, workers))
         finally:
             site.stop()
-    print(report.summary())
+    text = json.dumps({"plan": asdict(plan), "workers": options.workers, **report.numbers()}, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n", encoding="utf-8")
     return 1 if report.failures else 0
 
 

@@ -16,6 +16,7 @@ from tests.support.cluster import until
 Source = AsyncClient | Session
 PATIENT = Slo(ttft_ms=120_000, tbt_ms=5_000)
 """An objective that no worker misses, however long its steps."""
+CLASS_OBJECTIVE = Slo()
 STREAM_LIMIT_S = 120.0
 """A stream that takes longer is hung."""
 
@@ -116,12 +117,14 @@ class Load:
         streams: int,
         tokens: tuple[int, int],
         seed: int = 0,
+        slo: Slo = CLASS_OBJECTIVE,
     ) -> None:
         """Prepare; use it as an async context manager.
 
         Args:
             sources: take the streams in turn.
             tokens: shortest and longest completion asked for.
+            slo: objective of the requests.
         """
         self.recordings: list[Recording] = []
         """Of the streams that ended as they should."""
@@ -132,6 +135,7 @@ class Load:
         self._streams = streams
         self._tokens = tokens
         self._rng = random.Random(seed)
+        self._slo = slo
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -159,7 +163,7 @@ class Load:
             count = self._rng.randint(*self._tokens)
             recording = Recording()
             try:
-                await recording.follow(source.stream(**case.options(count)))
+                await recording.follow(source.stream(**case.options(count), slo=self._slo))
                 recording.check(case.expected[:count], self._tokenizer)
             except Exception as error:
                 got = len(recording.token_ids)

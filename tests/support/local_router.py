@@ -73,6 +73,9 @@ async def local_router(model: Path, workers: Sequence[str], **keys: Any) -> Asyn
         "workers": tuple(workers),
         "settle_s": 0.0,
         "drain_timeout_s": 2.0,
+        # Generous: a test that is not about detection must not see a busy machine taken for a dead worker.
+        "silence_s": 3.0,
+        "stall_s": 15.0,
     }
     config = RouterConfig(**(settings | keys))
     router, stop = Router(config), asyncio.Event()

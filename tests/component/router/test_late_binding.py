@@ -157,7 +157,7 @@ async def test_a_held_request_that_became_hopeless(tokenizer_directory: Path, re
 async def test_others_work_on_a_worker_counts(tokenizer_directory: Path) -> None:
     """A worker that reports more queued than this router sent there has no room; the other one draws."""
     workers = [ScriptedWorker("a"), ScriptedWorker("b")]
-    async with cluster(tokenizer_directory, *workers, placement=LATE, silence_heartbeats=1000) as router:
+    async with cluster(tokenizer_directory, *workers, placement=LATE, silence_s=1000.0) as router:
         step = common_pb2.StepTelemetry(step=1, step_s=0.1, queued_prefill_tokens=50_000, running=9)
         workers[0].send_step(telemetry=[step])
         instances = {link.worker_id: link.instance for link in router.router.pool.links()}
