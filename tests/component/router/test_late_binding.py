@@ -60,6 +60,8 @@ async def test_what_no_worker_has_room_for_waits_in_the_router(tokenizer_directo
         status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
         assert (status.held_requests, status.live_requests) == (4, 6)
         assert metrics.HELD._value.get() == 4
+        [family] = metrics.HELD_BACKLOG.collect()
+        assert family.samples[0].value > 0
         waiting = await router.cluster.Explain(cluster_pb2.ExplainRequest(request_id="r5"))
         assert (waiting.state, [decision.kind for decision in waiting.decisions]) == ("waiting", ["hold"])
         workers[1].hold = False

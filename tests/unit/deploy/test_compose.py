@@ -1,6 +1,7 @@
 """The compose files: references, addresses and order agree, and every service accepts its configuration."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -44,6 +45,16 @@ def effective_config(service: dict[str, Any]) -> Any:
 def test_cluster_has_its_parts(files: tuple[str, ...]) -> None:
     """A predictor, a router, a gateway, a worker of each role and the one-shot builder of the model are there."""
     assert set(read_compose(*files)["services"]) == {"model", "predictor", "router", "gateway", *WORKERS}
+
+
+def test_files_follow_the_compose_specification() -> None:
+    """Every file, overlays too, is valid by the schema of the Compose specification."""
+    files = sorted((ROOT / "deploy").glob("compose*.yaml"))
+    assert len(files) >= 3
+    checker = Path(sys.executable).with_name("check-jsonschema")
+    command = [checker, "--builtin-schema", "vendor.compose-spec", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @both

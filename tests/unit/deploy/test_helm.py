@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -410,6 +411,15 @@ def test_notes_tell_how_to_reach_it() -> None:
     notes = done.stdout.partition("NOTES:")[2]
     for service in ("gateway", "router"):
         assert f"svc/{RELEASE}-ascendra-{service}" in notes
+    [command] = [line.split() for line in notes.splitlines() if line.startswith("  ascendra status")]
+    help_text = subprocess.run(
+        [sys.executable, "-m", "ascendra.cli", "status", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert all(part in help_text for part in command if part.startswith("--"))
 
 
 @pytest.mark.parametrize("prepare", ['echo {} > "$TARGET/config.json"', "exit 3"], ids=["works", "fails"])
