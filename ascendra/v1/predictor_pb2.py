@@ -25,45 +25,45 @@ _sym_db = _symbol_database.Default()
 from ascendra.v1 import common_pb2 as ascendra_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61scendra/v1/predictor.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\"\xbc\x01\n\x16ReportTelemetryRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ascendra.v1.Role\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.ascendra.v1.StepTelemetry\x12.\n\nwarm_start\x18\x05 \x01(\x0b\x32\x1a.ascendra.v1.StepTimeModel\"(\n\x17ReportTelemetryResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\"\xa8\x01\n\x07Outcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\x03 \x01(\x01\x12\x1c\n\x14predicted_ttft_p90_s\x18\x04 \x01(\x01\x12\x15\n\ractual_ttft_s\x18\x05 \x01(\x01\x12\x15\n\rqueue_ahead_s\x18\x06 \x01(\x01\x12\r\n\x05moved\x18\x07 \x01(\x08\"R\n\x15ReportOutcomesRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12&\n\x08outcomes\x18\x02 \x03(\x0b\x32\x14.ascendra.v1.Outcome\"*\n\x16ReportOutcomesResponse\x12\x10\n\x08outcomes\x18\x01 \x01(\x04\"\xe8\x01\n\rInstanceState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\x0f\n\x07\x64\x65\x63odes\x18\x03 \x01(\r\x12\x1d\n\x15\x64\x65\x63ode_context_tokens\x18\x04 \x01(\x04\x12\"\n\x1ain_progress_prefill_tokens\x18\x05 \x01(\x04\x12\x11\n\tmin_tbt_s\x18\x06 \x01(\x01\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12\r\n\x05hop_s\x18\t \x01(\x01\"\xd8\x01\n\rAssessRequest\x12\x11\n\tassess_id\x18\x01 \x01(\x04\x12-\n\tinstances\x18\x02 \x03(\x0b\x32\x1a.ascendra.v1.InstanceState\x12\x0c\n\x04home\x18\x03 \x03(\x11\x12\x15\n\rprompt_tokens\x18\x04 \x03(\r\x12\r\n\x05\x61ge_s\x18\x05 \x03(\x01\x12\x12\n\nttft_slo_s\x18\x06 \x03(\x01\x12\x11\n\ttbt_slo_s\x18\x07 \x03(\x01\x12\x16\n\x0evalue_function\x18\x08 \x01(\t\x12\x12\n\nrelegation\x18\t \x01(\t\"\x97\x02\n\x0e\x41ssessResponse\x12\x11\n\tassess_id\x18\x01 \x01(\x04\x12\x13\n\x0bttft_mean_s\x18\x02 \x03(\x02\x12\x12\n\nttft_p50_s\x18\x03 \x03(\x02\x12\x12\n\nttft_p90_s\x18\x04 \x03(\x02\x12\x12\n\ntbt_mean_s\x18\x05 \x03(\x02\x12\x11\n\ttbt_p90_s\x18\x06 \x03(\x02\x12\x11\n\tmiss_ttft\x18\x07 \x03(\x02\x12\x10\n\x08miss_tbt\x18\x08 \x03(\x02\x12\x10\n\x08laxity_s\x18\t \x03(\x02\x12\x15\n\rlatest_move_s\x18\n \x03(\x02\x12+\n\nconfidence\x18\x0b \x03(\x0e\x32\x17.ascendra.v1.Confidence\x12\x13\n\x0bmodel_age_s\x18\x0c \x03(\x01\"\x14\n\x12WatchModelsRequest\"i\n\rResidualSlice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11max_queue_ahead_s\x18\x02 \x01(\x01\x12\x0e\n\x06levels\x18\x03 \x03(\x01\x12\x0e\n\x06ratios\x18\x04 \x03(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x04\"\xba\x01\n\x0bWorkerModel\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\tstep_time\x18\x02 \x01(\x0b\x32\x1a.ascendra.v1.StepTimeModel\x12-\n\tresiduals\x18\x03 \x03(\x0b\x32\x1a.ascendra.v1.ResidualSlice\x12+\n\nconfidence\x18\x04 \x01(\x0e\x32\x17.ascendra.v1.Confidence\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\"Q\n\x13WatchModelsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.ascendra.v1.WorkerModel\"\x10\n\x0eGetCardRequest\"\xd0\x01\n\tCardEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05slice\x18\x02 \x01(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x12\n\nmedian_ape\x18\x04 \x01(\x01\x12\x0c\n\x04mape\x18\x05 \x01(\x01\x12\x0f\n\x07p90_ape\x18\x06 \x01(\x01\x12\x0c\n\x04\x62ias\x18\x07 \x01(\x01\x12\x14\n\x0c\x63overage_p90\x18\x08 \x01(\x01\x12+\n\nconfidence\x18\t \x01(\x0e\x32\x17.ascendra.v1.Confidence\x12\x0c\n\x04note\x18\n \x01(\t\":\n\x0fGetCardResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.ascendra.v1.CardEntry*\x88\x01\n\nConfidence\x12\x1a\n\x16\x43ONFIDENCE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONFIDENCE_CALIBRATED\x10\x01\x12\x15\n\x11\x43ONFIDENCE_FITTED\x10\x02\x12\x14\n\x10\x43ONFIDENCE_PRIOR\x10\x03\x12\x16\n\x12\x43ONFIDENCE_DEMOTED\x10\x04\x32\xb0\x03\n\x10PredictorService\x12^\n\x0fReportTelemetry\x12#.ascendra.v1.ReportTelemetryRequest\x1a$.ascendra.v1.ReportTelemetryResponse(\x01\x12[\n\x0eReportOutcomes\x12\".ascendra.v1.ReportOutcomesRequest\x1a#.ascendra.v1.ReportOutcomesResponse(\x01\x12\x45\n\x06\x41ssess\x12\x1a.ascendra.v1.AssessRequest\x1a\x1b.ascendra.v1.AssessResponse(\x01\x30\x01\x12R\n\x0bWatchModels\x12\x1f.ascendra.v1.WatchModelsRequest\x1a .ascendra.v1.WatchModelsResponse0\x01\x12\x44\n\x07GetCard\x12\x1b.ascendra.v1.GetCardRequest\x1a\x1c.ascendra.v1.GetCardResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61scendra/v1/predictor.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\"\xbc\x01\n\x16ReportTelemetryRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ascendra.v1.Role\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.ascendra.v1.StepTelemetry\x12.\n\nwarm_start\x18\x05 \x01(\x0b\x32\x1a.ascendra.v1.StepTimeModel\"(\n\x17ReportTelemetryResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\"\xd9\x01\n\x07Outcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\x03 \x01(\x01\x12\x1c\n\x14predicted_ttft_p90_s\x18\x04 \x01(\x01\x12\x15\n\ractual_ttft_s\x18\x05 \x01(\x01\x12\x15\n\rqueue_ahead_s\x18\x06 \x01(\x01\x12\r\n\x05moved\x18\x07 \x01(\x08\x12\x1c\n\x14predicted_ttft_p50_s\x18\x08 \x01(\x01\x12\x11\n\trelegated\x18\t \x01(\x08\"R\n\x15ReportOutcomesRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12&\n\x08outcomes\x18\x02 \x03(\x0b\x32\x14.ascendra.v1.Outcome\"*\n\x16ReportOutcomesResponse\x12\x10\n\x08outcomes\x18\x01 \x01(\x04\"\xe8\x01\n\rInstanceState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\x0f\n\x07\x64\x65\x63odes\x18\x03 \x01(\r\x12\x1d\n\x15\x64\x65\x63ode_context_tokens\x18\x04 \x01(\x04\x12\"\n\x1ain_progress_prefill_tokens\x18\x05 \x01(\x04\x12\x11\n\tmin_tbt_s\x18\x06 \x01(\x01\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12\r\n\x05hop_s\x18\t \x01(\x01\"\xd8\x01\n\rAssessRequest\x12\x11\n\tassess_id\x18\x01 \x01(\x04\x12-\n\tinstances\x18\x02 \x03(\x0b\x32\x1a.ascendra.v1.InstanceState\x12\x0c\n\x04home\x18\x03 \x03(\x11\x12\x15\n\rprompt_tokens\x18\x04 \x03(\r\x12\r\n\x05\x61ge_s\x18\x05 \x03(\x01\x12\x12\n\nttft_slo_s\x18\x06 \x03(\x01\x12\x11\n\ttbt_slo_s\x18\x07 \x03(\x01\x12\x16\n\x0evalue_function\x18\x08 \x01(\t\x12\x12\n\nrelegation\x18\t \x01(\t\"\x97\x02\n\x0e\x41ssessResponse\x12\x11\n\tassess_id\x18\x01 \x01(\x04\x12\x13\n\x0bttft_mean_s\x18\x02 \x03(\x02\x12\x12\n\nttft_p50_s\x18\x03 \x03(\x02\x12\x12\n\nttft_p90_s\x18\x04 \x03(\x02\x12\x12\n\ntbt_mean_s\x18\x05 \x03(\x02\x12\x11\n\ttbt_p90_s\x18\x06 \x03(\x02\x12\x11\n\tmiss_ttft\x18\x07 \x03(\x02\x12\x10\n\x08miss_tbt\x18\x08 \x03(\x02\x12\x10\n\x08laxity_s\x18\t \x03(\x02\x12\x15\n\rlatest_move_s\x18\n \x03(\x02\x12+\n\nconfidence\x18\x0b \x03(\x0e\x32\x17.ascendra.v1.Confidence\x12\x13\n\x0bmodel_age_s\x18\x0c \x03(\x01\"\x14\n\x12WatchModelsRequest\"i\n\rResidualSlice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11max_queue_ahead_s\x18\x02 \x01(\x01\x12\x0e\n\x06levels\x18\x03 \x03(\x01\x12\x0e\n\x06ratios\x18\x04 \x03(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x04\"\xba\x01\n\x0bWorkerModel\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\tstep_time\x18\x02 \x01(\x0b\x32\x1a.ascendra.v1.StepTimeModel\x12-\n\tresiduals\x18\x03 \x03(\x0b\x32\x1a.ascendra.v1.ResidualSlice\x12+\n\nconfidence\x18\x04 \x01(\x0e\x32\x17.ascendra.v1.Confidence\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\"Q\n\x13WatchModelsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.ascendra.v1.WorkerModel\"\x10\n\x0eGetCardRequest\"\xd0\x01\n\tCardEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05slice\x18\x02 \x01(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x12\n\nmedian_ape\x18\x04 \x01(\x01\x12\x0c\n\x04mape\x18\x05 \x01(\x01\x12\x0f\n\x07p90_ape\x18\x06 \x01(\x01\x12\x0c\n\x04\x62ias\x18\x07 \x01(\x01\x12\x14\n\x0c\x63overage_p90\x18\x08 \x01(\x01\x12+\n\nconfidence\x18\t \x01(\x0e\x32\x17.ascendra.v1.Confidence\x12\x0c\n\x04note\x18\n \x01(\t\":\n\x0fGetCardResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.ascendra.v1.CardEntry*\x88\x01\n\nConfidence\x12\x1a\n\x16\x43ONFIDENCE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONFIDENCE_CALIBRATED\x10\x01\x12\x15\n\x11\x43ONFIDENCE_FITTED\x10\x02\x12\x14\n\x10\x43ONFIDENCE_PRIOR\x10\x03\x12\x16\n\x12\x43ONFIDENCE_DEMOTED\x10\x04\x32\xb0\x03\n\x10PredictorService\x12^\n\x0fReportTelemetry\x12#.ascendra.v1.ReportTelemetryRequest\x1a$.ascendra.v1.ReportTelemetryResponse(\x01\x12[\n\x0eReportOutcomes\x12\".ascendra.v1.ReportOutcomesRequest\x1a#.ascendra.v1.ReportOutcomesResponse(\x01\x12\x45\n\x06\x41ssess\x12\x1a.ascendra.v1.AssessRequest\x1a\x1b.ascendra.v1.AssessResponse(\x01\x30\x01\x12R\n\x0bWatchModels\x12\x1f.ascendra.v1.WatchModelsRequest\x1a .ascendra.v1.WatchModelsResponse0\x01\x12\x44\n\x07GetCard\x12\x1b.ascendra.v1.GetCardRequest\x1a\x1c.ascendra.v1.GetCardResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ascendra.v1.predictor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONFIDENCE']._serialized_start=2029
-  _globals['_CONFIDENCE']._serialized_end=2165
+  _globals['_CONFIDENCE']._serialized_start=2078
+  _globals['_CONFIDENCE']._serialized_end=2214
   _globals['_REPORTTELEMETRYREQUEST']._serialized_start=71
   _globals['_REPORTTELEMETRYREQUEST']._serialized_end=259
   _globals['_REPORTTELEMETRYRESPONSE']._serialized_start=261
   _globals['_REPORTTELEMETRYRESPONSE']._serialized_end=301
   _globals['_OUTCOME']._serialized_start=304
-  _globals['_OUTCOME']._serialized_end=472
-  _globals['_REPORTOUTCOMESREQUEST']._serialized_start=474
-  _globals['_REPORTOUTCOMESREQUEST']._serialized_end=556
-  _globals['_REPORTOUTCOMESRESPONSE']._serialized_start=558
-  _globals['_REPORTOUTCOMESRESPONSE']._serialized_end=600
-  _globals['_INSTANCESTATE']._serialized_start=603
-  _globals['_INSTANCESTATE']._serialized_end=835
-  _globals['_ASSESSREQUEST']._serialized_start=838
-  _globals['_ASSESSREQUEST']._serialized_end=1054
-  _globals['_ASSESSRESPONSE']._serialized_start=1057
-  _globals['_ASSESSRESPONSE']._serialized_end=1336
-  _globals['_WATCHMODELSREQUEST']._serialized_start=1338
-  _globals['_WATCHMODELSREQUEST']._serialized_end=1358
-  _globals['_RESIDUALSLICE']._serialized_start=1360
-  _globals['_RESIDUALSLICE']._serialized_end=1465
-  _globals['_WORKERMODEL']._serialized_start=1468
-  _globals['_WORKERMODEL']._serialized_end=1654
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=1656
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=1737
-  _globals['_GETCARDREQUEST']._serialized_start=1739
-  _globals['_GETCARDREQUEST']._serialized_end=1755
-  _globals['_CARDENTRY']._serialized_start=1758
-  _globals['_CARDENTRY']._serialized_end=1966
-  _globals['_GETCARDRESPONSE']._serialized_start=1968
-  _globals['_GETCARDRESPONSE']._serialized_end=2026
-  _globals['_PREDICTORSERVICE']._serialized_start=2168
-  _globals['_PREDICTORSERVICE']._serialized_end=2600
+  _globals['_OUTCOME']._serialized_end=521
+  _globals['_REPORTOUTCOMESREQUEST']._serialized_start=523
+  _globals['_REPORTOUTCOMESREQUEST']._serialized_end=605
+  _globals['_REPORTOUTCOMESRESPONSE']._serialized_start=607
+  _globals['_REPORTOUTCOMESRESPONSE']._serialized_end=649
+  _globals['_INSTANCESTATE']._serialized_start=652
+  _globals['_INSTANCESTATE']._serialized_end=884
+  _globals['_ASSESSREQUEST']._serialized_start=887
+  _globals['_ASSESSREQUEST']._serialized_end=1103
+  _globals['_ASSESSRESPONSE']._serialized_start=1106
+  _globals['_ASSESSRESPONSE']._serialized_end=1385
+  _globals['_WATCHMODELSREQUEST']._serialized_start=1387
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1407
+  _globals['_RESIDUALSLICE']._serialized_start=1409
+  _globals['_RESIDUALSLICE']._serialized_end=1514
+  _globals['_WORKERMODEL']._serialized_start=1517
+  _globals['_WORKERMODEL']._serialized_end=1703
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1705
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=1786
+  _globals['_GETCARDREQUEST']._serialized_start=1788
+  _globals['_GETCARDREQUEST']._serialized_end=1804
+  _globals['_CARDENTRY']._serialized_start=1807
+  _globals['_CARDENTRY']._serialized_end=2015
+  _globals['_GETCARDRESPONSE']._serialized_start=2017
+  _globals['_GETCARDRESPONSE']._serialized_end=2075
+  _globals['_PREDICTORSERVICE']._serialized_start=2217
+  _globals['_PREDICTORSERVICE']._serialized_end=2649
 # @@protoc_insertion_point(module_scope)

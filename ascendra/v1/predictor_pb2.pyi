@@ -42,7 +42,7 @@ class ReportTelemetryResponse(_message.Message):
     def __init__(self, steps: _Optional[int] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("worker_id", "prompt_tokens", "predicted_ttft_s", "predicted_ttft_p90_s", "actual_ttft_s", "queue_ahead_s", "moved")
+    __slots__ = ("worker_id", "prompt_tokens", "predicted_ttft_s", "predicted_ttft_p90_s", "actual_ttft_s", "queue_ahead_s", "moved", "predicted_ttft_p50_s", "relegated")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,8 @@ class Outcome(_message.Message):
     ACTUAL_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_AHEAD_S_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_P50_S_FIELD_NUMBER: _ClassVar[int]
+    RELEGATED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     prompt_tokens: int
     predicted_ttft_s: float
@@ -57,7 +59,9 @@ class Outcome(_message.Message):
     actual_ttft_s: float
     queue_ahead_s: float
     moved: bool
-    def __init__(self, worker_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_ttft_p90_s: _Optional[float] = ..., actual_ttft_s: _Optional[float] = ..., queue_ahead_s: _Optional[float] = ..., moved: bool = ...) -> None: ...
+    predicted_ttft_p50_s: float
+    relegated: bool
+    def __init__(self, worker_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_ttft_p90_s: _Optional[float] = ..., actual_ttft_s: _Optional[float] = ..., queue_ahead_s: _Optional[float] = ..., moved: bool = ..., predicted_ttft_p50_s: _Optional[float] = ..., relegated: bool = ...) -> None: ...
 
 class ReportOutcomesRequest(_message.Message):
     __slots__ = ("router_id", "outcomes")

@@ -169,23 +169,32 @@ class Calibration:
         self._priors = prior_slices()
         self._alarm = DriftAlarm("TTFTs", self.policy)
 
-    def learn(self, queue_ahead_s: float, predicted_s: float, actual_s: float, stated_p90_s: float = 0.0) -> bool:
+    def learn(
+        self,
+        queue_ahead_s: float,
+        predicted_s: float,
+        actual_s: float,
+        stated_p90_s: float = 0.0,
+        stated_p50_s: float = 0.0,
+    ) -> bool:
         """Judge a prediction by its outcome, then learn from it; False if the numbers cannot be.
 
         Args:
             predicted_s: predicted remaining time to first token, mean.
             actual_s: what it took from the same instant.
             stated_p90_s: 90% bound that was given out; 0: what this calibration would have stated.
+            stated_p50_s: median that was given out; 0: what this calibration would have stated.
         """
-        numbers = (queue_ahead_s, predicted_s, actual_s, stated_p90_s)
+        numbers = (queue_ahead_s, predicted_s, actual_s, stated_p90_s, stated_p50_s)
         if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or not 0 < predicted_s < 3600:
             return False
         if not 0 < actual_s < 3600:
             return False
         index = slice_index(queue_ahead_s)
         own = self._slices[index]
-        bound_s = stated_p90_s or predicted_s * self._summary(index).ratios[P90]
-        covered = own.accuracy.judge(predicted_s, actual_s, bound_s)
+        ratios = self._summary(index).ratios
+        bound_s = stated_p90_s or predicted_s * ratios[P90]
+        covered = own.accuracy.judge(stated_p50_s or predicted_s * ratios[P50], actual_s, bound_s)
         self._alarm.judge(covered)
         step = self.policy.adapt
         own.level_p90 = min(max(own.level_p90 + step * ((not covered) - 0.1), 0.75), 0.99)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.policy.prefill import instance_pace
+from services.policy.prefill import instance_pace, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.token_budget import BudgetPolicy
 
@@ -67,7 +67,8 @@ def queue_ttft_s(view: InstanceView, request: QueuedRequest, budget: BudgetPolic
     """Return the seconds to a new request's first token behind all queued on an instance but the relegated."""
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if not queued.relegated)
-    return view.hop_s + pace.finish_s(work_s + pace.remaining_work_s(request))
+    running = step_in_progress(view, pace)
+    return running.estimate(pace, work_s, pace.remaining_work_s(request), view.hop_s).mean_s
 
 
 def place(

@@ -20,7 +20,7 @@ class TtftEstimate:
     prefill_s: float
     """Of it, prefill."""
     hop_s: float = 0.0
-    """Of it, on the way there and back."""
+    """Of it, on the way there and back, and until the step that runs on arrival ends."""
     relegated: bool = False
     """The instance would serve it behind all that can make it."""
 
@@ -105,7 +105,66 @@ def instance_pace(view: InstanceView, policy: BudgetPolicy) -> PrefillPace:
     return prefill_pace(view.model, load, policy, view.min_tbt_s or math.inf)
 
 
-def predict_in_order(ordered: Iterable[QueuedRequest], pace: PrefillPace, ahead_s: float = 0.0) -> list[TtftEstimate]:
+@dataclass(frozen=True, slots=True)
+class StepInProgress:
+    """What the running step leaves to those who wait: it takes nobody in, and serves the head of the queue."""
+
+    left_s: float = 0.0
+    """Seconds until it ends."""
+    work_s: float = 0.0
+    """Prefill work of the queue, as the decider knows it, that is done by then."""
+
+    def estimate(self, pace: PrefillPace, before_s: float, own_s: float, hop_s: float = 0.0) -> TtftEstimate:
+        """Predict a request.
+
+        Args:
+            before_s: prefill work served before it, in seconds, the running step's included.
+            own_s: its own prefill work, in seconds.
+            hop_s: seconds of its way there and back.
+        """
+        hop_s += self.left_s
+        through_s = before_s + own_s - self.work_s
+        if through_s <= 1e-9:  # its last chunk is in the running step
+            return TtftEstimate(hop_s, 0.0, 0.0, hop_s)
+        ahead_s = before_s - self.work_s
+        done_s = pace.finish_s(through_s)
+        # What is ahead may end in the very step in which this one starts.
+        wait_s = min(pace.finish_s(ahead_s), done_s) if ahead_s > 0 else 0.0
+        return TtftEstimate(hop_s + done_s, wait_s, done_s - wait_s, hop_s)
+
+
+NO_STEP = StepInProgress()
+_STEPS_UNHEARD = 8
+"""Steps that may have passed since the last report before the instance is taken to be about to end one."""
+
+
+def step_in_progress(view: InstanceView, pace: PrefillPace) -> StepInProgress:
+    """Return what is left of the step that an instance runs when a request sent now arrives.
+
+    The step began at the last report; when it should be over by now, the next one runs, which was not heard of yet.
+    """
+    elapsed_s = view.step_elapsed_s
+    if elapsed_s is None:
+        return NO_STEP
+    work_s = 0.0
+    tokens = view.step_queued_tokens
+    for _ in range(_STEPS_UNHEARD):
+        if not tokens and not view.decodes:
+            break
+        chunk = min(tokens, pace.budget_tokens)
+        tokens -= chunk
+        chunk_s = pace.work_s(chunk)
+        work_s += chunk_s
+        step_s = pace.finish_s(chunk_s)
+        if elapsed_s < step_s:
+            return StepInProgress(step_s - elapsed_s, work_s)
+        elapsed_s -= step_s
+    return StepInProgress(0.0, work_s)
+
+
+def predict_in_order(
+    ordered: Iterable[QueuedRequest], pace: PrefillPace, ahead_s: float = 0.0, running: StepInProgress = NO_STEP
+) -> list[TtftEstimate]:
     """Predict every request of an instance's queue, in the order in which it will be served; O(n).
 
     Args:
@@ -114,12 +173,9 @@ def predict_in_order(ordered: Iterable[QueuedRequest], pace: PrefillPace, ahead_
     work_s = ahead_s
     estimates = []
     for request in ordered:
-        before_s = pace.finish_s(work_s) if work_s > 0 else 0.0
-        work_s += pace.remaining_work_s(request)
-        done_s = pace.finish_s(work_s)
-        # What is ahead may end in the very step in which this one starts.
-        wait_s = min(before_s, done_s)
-        estimates.append(TtftEstimate(done_s, wait_s, done_s - wait_s))
+        own_s = pace.remaining_work_s(request)
+        estimates.append(running.estimate(pace, work_s, own_s))
+        work_s += own_s
     return estimates
 
 

@@ -89,5 +89,9 @@ class InstanceView:
     """Seconds since its last report."""
     hop_s: float = 0.0
     """Seconds a request needs to reach it and its token to come back."""
+    step_elapsed_s: float | None = None
+    """Seconds that its running step will have run when a request sent now arrives; None: it runs none, or unknown."""
+    step_queued_tokens: int = 0
+    """Prefill tokens that were left to compute when that step began."""
     draining: bool = False
     """It takes no new requests."""

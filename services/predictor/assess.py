@@ -84,7 +84,7 @@ def _instance(
         in_progress_tokens=min(state.in_progress_prefill_tokens, 1 << 40),
         hop_s=state.hop_s,
         budget=BudgetPolicy(max_tokens=state.max_num_batched_tokens or 2048),
-        residuals=models.calibration.slices() if models else prior_slices(),
+        residuals=models.residuals if models else prior_slices(),
     )
     if models is None:
         return instance, Confidence.PRIOR, float("inf")

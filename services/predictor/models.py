@@ -4,13 +4,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from services.policy.calibration import SLICE_LIMITS_S, Accuracy, AccuracyWindow, Calibration, Confidence, DriftAlarm
+from services.policy.calibration import (
+    SLICE_LIMITS_S,
+    Accuracy,
+    AccuracyWindow,
+    Calibration,
+    CalibrationPolicy,
+    Confidence,
+    DriftAlarm,
+    ResidualSlice,
+)
 from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import StepShape, StepTimeModel
 
 _FITTED_STEPS = 64
 """Steps after which a fit counts as more than its prior."""
 _P90_SIGMAS = 1.2816
+_POOLED = CalibrationPolicy(window=4096)
+_POOLED_STEPS = 8192
 
 
 @dataclass(slots=True)
@@ -24,15 +35,29 @@ class CardLine:
 
 
 @dataclass(slots=True)
+class Pool:
+    """What all workers teach together.
+
+    Ratios of actual to predicted TTFT are alike on all workers, for each is predicted by its own step times; one worker
+    alone sees too few of them, the rare ones above all, to state a 90% bound.
+    """
+
+    calibration: Calibration = field(default_factory=lambda: Calibration(_POOLED))
+    steps: AccuracyWindow = field(default_factory=lambda: AccuracyWindow(_POOLED_STEPS))
+
+
+@dataclass(slots=True)
 class WorkerModels:
-    """Step-time fit and calibration of one worker."""
+    """Step-time fit of one worker, and how well its predictions do."""
 
     worker_id: str
     fit: OnlineStepTimeFit
     heard_s: float
     """When its last telemetry came."""
+    pool: Pool
     incarnation: str = ""
     calibration: Calibration = field(default_factory=Calibration)
+    """Of this worker alone: it judges, and demotes. The pool's residuals are the ones that are given out."""
     steps: AccuracyWindow = field(default_factory=AccuracyWindow)
     drift: DriftAlarm = field(default_factory=lambda: DriftAlarm("steps"))
 
@@ -45,6 +70,7 @@ class WorkerModels:
             expected_s = model.step_s(shape)
             bound_s = expected_s * math.exp(_P90_SIGMAS * model.log_sigma)
             self.drift.judge(self.steps.judge(expected_s, step_s, bound_s))
+            self.pool.steps.judge(expected_s, step_s, bound_s)
         return True
 
     @property
@@ -54,19 +80,20 @@ class WorkerModels:
             return Confidence.DEMOTED
         if self.fit.samples < _FITTED_STEPS:
             return Confidence.PRIOR
-        return min(self.calibration.confidence(index) for index in range(len(SLICE_LIMITS_S)))
+        return min(self.pool.calibration.confidence(index) for index in range(len(SLICE_LIMITS_S)))
+
+    @property
+    def residuals(self) -> tuple[ResidualSlice, ...]:
+        """Quantiles of actual / predicted TTFT by load slice, to predict this worker with."""
+        return self.pool.calibration.slices()
 
     def card(self) -> list[CardLine]:
         """Return the step-time line and one line a load slice."""
         step_state = Confidence.PRIOR if self.fit.samples < _FITTED_STEPS else Confidence.FITTED
         if self.drift.demoted:
             step_state = Confidence.DEMOTED
-        lines = [CardLine("steps", self.steps.accuracy(), step_state, self.drift.note or self.fit.note)]
-        lines += [
-            CardLine(name, self.calibration.accuracy(i), self.calibration.confidence(i), self.calibration.note)
-            for i, (name, _) in enumerate(SLICE_LIMITS_S)
-        ]
-        return lines
+        steps = CardLine("steps", self.steps.accuracy(), step_state, self.drift.note or self.fit.note)
+        return [steps, *_slice_lines(self.calibration)]
 
 
 class ModelStore:
@@ -77,6 +104,7 @@ class ModelStore:
         self._forget_after_s = forget_after_s
         self._warm_start = warm_start
         self._workers: dict[str, WorkerModels] = {}
+        self.pool = Pool()
         self.version = 0
         """Rises with every change."""
 
@@ -99,7 +127,7 @@ class ModelStore:
         if models is None:
             self._make_room(now_s)
             fit = OnlineStepTimeFit(warm_start or self._warm_start)
-            models = self._workers[worker_id] = WorkerModels(worker_id, fit, now_s, incarnation)
+            models = self._workers[worker_id] = WorkerModels(worker_id, fit, now_s, self.pool, incarnation)
         elif incarnation != models.incarnation:
             models.fit = OnlineStepTimeFit(warm_start or models.fit.model())
             models.incarnation = incarnation
@@ -108,14 +136,28 @@ class ModelStore:
         return models
 
     def learn_outcome(
-        self, worker_id: str, queue_ahead_s: float, predicted_s: float, actual_s: float, stated_p90_s: float
+        self,
+        worker_id: str,
+        queue_ahead_s: float,
+        predicted_s: float,
+        actual_s: float,
+        stated_p90_s: float,
+        stated_p50_s: float = 0.0,
     ) -> bool:
-        """Calibrate a worker by what became of a prediction; False when it is unknown or the numbers cannot be."""
+        """Calibrate by what became of a prediction; False when its worker is unknown or the numbers cannot be."""
         models = self._workers.get(worker_id)
-        if models is None or not models.calibration.learn(queue_ahead_s, predicted_s, actual_s, stated_p90_s):
+        outcome = (queue_ahead_s, predicted_s, actual_s, stated_p90_s, stated_p50_s)
+        if models is None or not models.calibration.learn(*outcome):
             return False
+        self.pool.calibration.learn(*outcome)
         self.version += 1
         return True
+
+    def card(self) -> list[CardLine]:
+        """Return the lines of all workers together."""
+        steps = self.pool.steps
+        state = Confidence.FITTED if steps.samples else Confidence.PRIOR
+        return [CardLine("steps", steps.accuracy(), state, ""), *_slice_lines(self.pool.calibration)]
 
     def forget_silent(self, now_s: float) -> list[str]:
         """Drop workers not heard of for too long and return their ids."""
@@ -129,3 +171,10 @@ class ModelStore:
         self.forget_silent(now_s)
         while len(self._workers) >= self._max_workers:
             del self._workers[min(self._workers.values(), key=lambda models: models.heard_s).worker_id]
+
+
+def _slice_lines(calibration: Calibration) -> list[CardLine]:
+    return [
+        CardLine(name, calibration.accuracy(index), calibration.confidence(index), calibration.note)
+        for index, (name, _) in enumerate(SLICE_LIMITS_S)
+    ]

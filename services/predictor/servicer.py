@@ -19,7 +19,7 @@ from services.policy.calibration import SLICE_LIMITS_S, Confidence
 from services.policy.step_time import StepTimeModel
 from services.predictor import metrics
 from services.predictor.assess import answer
-from services.predictor.models import ModelStore, WorkerModels
+from services.predictor.models import CardLine, ModelStore, WorkerModels
 
 log = get_logger()
 
@@ -92,9 +92,10 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         return predictor_pb2.ReportOutcomesResponse(outcomes=taken)
 
     def _calibrate(self, outcome: predictor_pb2.Outcome) -> bool:
-        if outcome.moved:
-            metrics.REFUSED_OUTCOMES.labels(reason="moved").inc()
-            return False
+        for reason in ("moved", "relegated"):
+            if getattr(outcome, reason):
+                metrics.REFUSED_OUTCOMES.labels(reason=reason).inc()
+                return False
         if self._store.get(outcome.worker_id) is None:
             metrics.REFUSED_OUTCOMES.labels(reason="unknown_worker").inc()
             return False
@@ -104,6 +105,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
             outcome.predicted_ttft_s,
             outcome.actual_ttft_s,
             outcome.predicted_ttft_p90_s,
+            outcome.predicted_ttft_p50_s,
         )
         if learned:
             metrics.OUTCOMES.inc()
@@ -135,25 +137,10 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
                 await published.wait()
 
     async def GetCard(self, request: predictor_pb2.GetCardRequest, context: Any) -> predictor_pb2.GetCardResponse:
-        """Say how well the predictions of every worker did."""
-        return predictor_pb2.GetCardResponse(
-            entries=[
-                predictor_pb2.CardEntry(
-                    worker_id=models.worker_id,
-                    slice=line.slice,
-                    samples=line.accuracy.samples,
-                    median_ape=line.accuracy.median_ape,
-                    mape=line.accuracy.mape,
-                    p90_ape=line.accuracy.p90_ape,
-                    bias=line.accuracy.bias,
-                    coverage_p90=line.accuracy.coverage_p90,
-                    confidence=CONFIDENCE_TO_PROTO[line.confidence],
-                    note=line.note,
-                )
-                for models in self._store
-                for line in models.card()
-            ]
-        )
+        """Say how well predictions did: of all workers, then of each."""
+        entries = [_card_entry("", line) for line in self._store.card()]
+        entries += [_card_entry(models.worker_id, line) for models in self._store for line in models.card()]
+        return predictor_pb2.GetCardResponse(entries=entries)
 
     def _snapshot(self) -> predictor_pb2.WatchModelsResponse:
         now_s = time.monotonic()
@@ -163,7 +150,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
                 predictor_pb2.WorkerModel(
                     worker_id=models.worker_id,
                     step_time=model_to_proto(models.fit.model()),
-                    residuals=residuals_to_proto(models.calibration.slices()),
+                    residuals=residuals_to_proto(models.residuals),
                     confidence=CONFIDENCE_TO_PROTO[models.confidence],
                     age_s=max(now_s - models.heard_s, 0.0),
                 )
@@ -186,6 +173,22 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed) if listed else float("nan")
+
+
+def _card_entry(worker_id: str, line: CardLine) -> predictor_pb2.CardEntry:
+    accuracy = line.accuracy
+    return predictor_pb2.CardEntry(
+        worker_id=worker_id,
+        slice=line.slice,
+        samples=accuracy.samples,
+        median_ape=accuracy.median_ape,
+        mape=accuracy.mape,
+        p90_ape=accuracy.p90_ape,
+        bias=accuracy.bias,
+        coverage_p90=accuracy.coverage_p90,
+        confidence=CONFIDENCE_TO_PROTO[line.confidence],
+        note=line.note,
+    )
 
 
 def _check_id(name: str, value: str) -> None:

@@ -274,8 +274,9 @@ class Dispatcher:
         handle = link.new_handle()
         placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s, by_kv=bool(kv_handle))
         placed.predicted_s, placed.queue_ahead_s = predicted or self.predict(link, queued, now_s)
-        ratio = self.predictions.p90_ratio(link.worker_id, placed.queue_ahead_s)
-        placed.predicted_p90_s = placed.predicted_s * ratio
+        p50_ratio, p90_ratio = self.predictions.stated_ratios(link.worker_id, placed.queue_ahead_s)
+        placed.predicted_p50_s = placed.predicted_s * p50_ratio
+        placed.predicted_p90_s = placed.predicted_s * p90_ratio
         record.to_worker_id = link.worker_id
         record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
         self.record(request, record)

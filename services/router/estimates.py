@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 from services.policy.order import OrderPolicy, order_waiting
-from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace, predict_in_order
+from services.policy.prefill import (
+    PrefillPace,
+    StepInProgress,
+    TtftEstimate,
+    instance_pace,
+    predict_in_order,
+    step_in_progress,
+)
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.token_budget import BudgetPolicy
 
@@ -17,13 +24,11 @@ class Ahead:
     hop_s: float
     work_s: float
     """Prefill work that is served before a newcomer, in seconds."""
+    running: StepInProgress
 
     def estimate(self, request: QueuedRequest) -> TtftEstimate:
         """Predict the request's first token if it were sent there now."""
-        before_s = self.pace.finish_s(self.work_s) if self.work_s > 0 else 0.0
-        done_s = self.pace.finish_s(self.work_s + self._work_s(request))
-        wait_s = min(before_s, done_s)
-        return TtftEstimate(done_s + self.hop_s, wait_s, done_s - wait_s, self.hop_s)
+        return self.running.estimate(self.pace, self.work_s, self._work_s(request), self.hop_s)
 
     def take(self, request: QueuedRequest) -> None:
         """Count a request that was decided to go there."""
@@ -37,14 +42,14 @@ def urgent_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
     """Return what is served before a new urgent request: what has started, and other urgent requests."""
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or queued.urgent)
-    return Ahead(view.worker_id, pace, view.hop_s, work_s)
+    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
 
 
 def kept_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
     """Return what is served before a new request that all present ones precede, relegated ones aside."""
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or not queued.relegated)
-    return Ahead(view.worker_id, pace, view.hop_s, work_s)
+    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
 
 
 def newcomer_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
@@ -71,4 +76,4 @@ def in_order(
     """Return an instance's queue in the order its engine serves it, with the prediction of each, and the pace."""
     pace = instance_pace(view, budget)
     ordered = order_waiting(view.queue, now_s, pace, order, view.role).ordered
-    return ordered, predict_in_order(ordered, pace), pace
+    return ordered, predict_in_order(ordered, pace, running=step_in_progress(view, pace)), pace

@@ -39,6 +39,7 @@ class Placed:
     """It has delivered a token."""
     predicted_s: float = 0.0
     """Remaining seconds to the first token predicted at submission."""
+    predicted_p50_s: float = 0.0
     predicted_p90_s: float = 0.0
     queue_ahead_s: float = 0.0
 
@@ -68,9 +69,10 @@ class Instance:
         self.round_trip_s = 0.0
         self.step_s = 0.0
         """Smoothed seconds of a step with prefill."""
-        self._any_step_s = 0.0
         self._steps_seen = 0
         self._longest_step = RecentMaximum()
+        self._step_began_s = 0.0
+        """When the running step began, as seen from here: at the last report of a step's end."""
         self._report_s = 0.0
         self._queue: dict[int, Placed] = {}
         self._coming: dict[str, QueuedRequest] = {}
@@ -113,7 +115,7 @@ class Instance:
         """Take in one engine step."""
         if step.step != self.steps:
             self.steps, self.steps_changed_s = step.step, now_s
-        self._report_s = now_s - step.age_s
+        self._report_s = self._step_began_s = now_s - step.age_s
         self._steps_seen += 1
         self._longest_step.observe(step.step_s, now_s)
         self.waiting, self.running = step.waiting, step.running
@@ -123,7 +125,6 @@ class Instance:
             self.adopt(self.policy, step.token_budget)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
-        self._any_step_s += 0.2 * (step.step_s - self._any_step_s) if self._any_step_s else step.step_s
         if step.prefill_tokens:
             self.step_s += 0.2 * (step.step_s - self.step_s) if self.step_s else step.step_s
 
@@ -208,15 +209,27 @@ class Instance:
         """Bring the view up to date and return it."""
         view = self.view
         view.model = model
-        # A newcomer also waits for the step that is running, half of it on average.
-        view.hop_s = self.round_trip_s + (0.5 * self._any_step_s if self.running else 0.0)
+        view.hop_s = self.round_trip_s
         view.report_age_s = now_s - self.last_message_s
         view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
         view.queue = [placed.queued for placed in self._queue.values()]
         self._share_out_progress(now_s)
         view.queue += self._coming.values()
+        self._see_step(now_s)
         return view
+
+    def _see_step(self, now_s: float) -> None:
+        """Say how far the running step will be when a request sent now arrives: it began when the last report left."""
+        view = self.view
+        view.step_elapsed_s, view.step_queued_tokens = None, 0
+        if self.running or self.waiting:
+            view.step_elapsed_s = now_s - self._step_began_s + self.round_trip_s
+            view.step_queued_tokens = self.queued_prefill_tokens
+        elif self._queue:  # an idle engine starts at once with what reaches it first
+            first = next(iter(self._queue.values()))
+            view.step_elapsed_s = now_s - first.submitted_s
+            view.step_queued_tokens = first.queued.remaining_tokens
 
     def _share_out_progress(self, now_s: float) -> None:
         """Reconcile the worker's count of queued prefill tokens with this router's own requests.

@@ -16,7 +16,7 @@ from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
 from services.common.channels import Connector
 from services.common.logging import get_logger
 from services.common.wire import model_from_proto
-from services.policy.calibration import P90, ResidualSlice, prior_slices, slice_index
+from services.policy.calibration import P50, P90, ResidualSlice, prior_slices, slice_index
 from services.policy.step_time import StepTimeBin, StepTimeModel
 from services.router import metrics
 
@@ -112,17 +112,14 @@ class Predictions:
         """Return which of the three policies predicts a worker."""
         return self._choose(worker_id, now_s)[0]
 
-    def p90_ratio(self, worker_id: str, queue_ahead_s: float) -> float:
-        """Return the 90% bound of actual over predicted TTFT at a load."""
-        learned = self._learned.get(worker_id)
-        residuals = learned.residuals if learned and learned.residuals else self._priors
-        return residuals[min(slice_index(queue_ahead_s), len(residuals) - 1)].ratios[P90]
+    def stated_ratios(self, worker_id: str, queue_ahead_s: float) -> tuple[float, float]:
+        """Return median and 90% bound of actual over predicted TTFT at a load."""
+        ratios = self._residual(worker_id, queue_ahead_s).ratios
+        return ratios[P50], ratios[P90]
 
     def miss_probability(self, worker_id: str, queue_ahead_s: float, predicted_s: float, left_s: float) -> float:
         """Return P(first token later than left_s) when predicted_s is expected, from the residuals at that load."""
-        learned = self._learned.get(worker_id)
-        residuals = learned.residuals if learned and learned.residuals else self._priors
-        residual = residuals[min(slice_index(queue_ahead_s), len(residuals) - 1)]
+        residual = self._residual(worker_id, queue_ahead_s)
         allowed = left_s / max(predicted_s, 1e-6)
         below = 0.0
         for level, ratio in zip(residual.levels, residual.ratios, strict=True):
@@ -130,6 +127,11 @@ class Predictions:
                 return 1.0 - below
             below = level
         return 1.0 - below
+
+    def _residual(self, worker_id: str, queue_ahead_s: float) -> ResidualSlice:
+        learned = self._learned.get(worker_id)
+        residuals = learned.residuals if learned and learned.residuals else self._priors
+        return residuals[min(slice_index(queue_ahead_s), len(residuals) - 1)]
 
     def policy(self, worker_ids: "list[str]", now_s: float) -> str:
         """Return the policy that predicts most workers, and publish it."""

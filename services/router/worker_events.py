@@ -160,6 +160,8 @@ class WorkerEvents:
                 prompt_tokens=placed.queued.prompt_tokens,
                 predicted_ttft_s=placed.predicted_s,
                 predicted_ttft_p90_s=placed.predicted_p90_s,
+                predicted_ttft_p50_s=placed.predicted_p50_s,
+                relegated=placed.queued.relegated,
                 actual_ttft_s=now_s - placed.submitted_s,
                 queue_ahead_s=placed.queue_ahead_s,
             )

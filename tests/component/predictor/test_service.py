@@ -72,10 +72,19 @@ def true_steps(count: int, slower: float = 2.0) -> list[common_pb2.StepTelemetry
     return steps
 
 
+def card_line(card: predictor_pb2.GetCardResponse, worker_id: str, slice: str) -> predictor_pb2.CardEntry:
+    """Return one line of a card."""
+    return next(entry for entry in card.entries if (entry.worker_id, entry.slice) == (worker_id, slice))
+
+
 def outcome(worker_id: str, predicted_s: float, actual_s: float, queue_ahead_s: float = 1.0) -> predictor_pb2.Outcome:
     """Return what became of a prediction."""
     return predictor_pb2.Outcome(
-        worker_id=worker_id, predicted_ttft_s=predicted_s, actual_ttft_s=actual_s, queue_ahead_s=queue_ahead_s
+        worker_id=worker_id,
+        predicted_ttft_s=predicted_s,
+        predicted_ttft_p50_s=predicted_s,
+        actual_ttft_s=actual_s,
+        queue_ahead_s=queue_ahead_s,
     )
 
 
@@ -145,7 +154,7 @@ async def test_nonsense_telemetry_is_refused_and_harms_nothing(stub: Stub) -> No
         response = await stub.ReportTelemetry(once(first, telemetry("w1", good), telemetry("w1", bad)))
         card = await stub.GetCard(predictor_pb2.GetCardRequest())
     assert response.steps == len(good)
-    steps = next(entry for entry in card.entries if entry.slice == "steps")
+    steps = card_line(card, "w1", "steps")
     assert steps.mape < 0.1
     assert "refused a step" in steps.note
 
@@ -159,7 +168,7 @@ async def test_telemetry_without_a_worker_id_is_refused(stub: Stub) -> None:
 
 
 async def test_outcomes_calibrate_and_nonsense_is_not_counted(stub: Stub) -> None:
-    """Late first tokens raise the stated bound; moved, unknown and impossible outcomes are left out."""
+    """Late first tokens raise the stated bound; moved, relegated, unknown and impossible outcomes are left out."""
     rng = random.Random(2)
     good = [
         outcome("w1", 1.0, 1.5 * math.exp(rng.gauss(0, 0.05)), queue_ahead_s)
@@ -167,21 +176,37 @@ async def test_outcomes_calibrate_and_nonsense_is_not_counted(stub: Stub) -> Non
         for _ in range(100)
     ]
     bad = [outcome("w1", math.nan, 1.0), outcome("w1", 1.0, -1.0), outcome("nobody", 1.0, 1.0)]
-    moved = outcome("w1", 1.0, 9.0)
-    moved.moved = True
+    moved, relegated = outcome("w1", 1.0, 9.0), outcome("w1", 1.0, 9.0)
+    moved.moved = relegated.relegated = True
     async with asyncio.timeout(LIMIT_S):
         await stub.ReportTelemetry(once(telemetry("w1", true_steps(200))))
         before = await assess_one(stub)
         response = await stub.ReportOutcomes(
-            once(predictor_pb2.ReportOutcomesRequest(router_id="r", outcomes=[*bad, *good, moved]))
+            once(predictor_pb2.ReportOutcomesRequest(router_id="r", outcomes=[*bad, *good, moved, relegated]))
         )
         assert response.outcomes == len(good)
         after = await assess_one(stub)
         card = await stub.GetCard(predictor_pb2.GetCardRequest())
     assert after.ttft_p90_s[2] > 1.1 * before.ttft_p90_s[2]
-    saturated = next(entry for entry in card.entries if entry.slice == "saturated")
-    assert saturated.samples == 100
-    assert saturated.bias == pytest.approx(1 / 1.5 - 1, abs=0.05)
+    assert after.ttft_p50_s[2] > 1.1 * before.ttft_p50_s[2]
+    for worker_id in ("w1", ""):
+        saturated = card_line(card, worker_id, "saturated")
+        assert saturated.samples == 100
+        assert saturated.bias == pytest.approx(1 / 1.5 - 1, abs=0.05)
+
+
+async def test_what_one_worker_teaches_bounds_the_predictions_of_another(stub: Stub) -> None:
+    """Residuals are pooled: a worker that nothing was seen of yet is predicted with those of its peers."""
+    late = [outcome("w1", 1.0, 2.0, queue_ahead_s) for queue_ahead_s in (0.0, 0.2, 2.0) for _ in range(100)]
+    async with asyncio.timeout(LIMIT_S):
+        for worker_id in ("w1", "w2"):
+            await stub.ReportTelemetry(once(telemetry(worker_id, true_steps(200))))
+        await stub.ReportOutcomes(once(predictor_pb2.ReportOutcomesRequest(router_id="r", outcomes=late)))
+        snapshots = aiter(stub.WatchModels(predictor_pb2.WatchModelsRequest()))
+        workers = {worker.worker_id: worker for worker in (await anext(snapshots)).workers}
+    assert set(workers) == {"w1", "w2"}
+    for residual in residuals_from_proto(workers["w2"].residuals):
+        assert residual.ratio(0.9) == pytest.approx(2.0, rel=0.15)
 
 
 async def test_assess_answers_in_columns(stub: Stub) -> None:
@@ -225,4 +250,4 @@ async def test_memory_is_bounded_by_the_number_of_workers(stub: Stub) -> None:
     for number in range(6):
         await stub.ReportTelemetry(once(telemetry(f"w{number}", true_steps(2))))
     card = await stub.GetCard(predictor_pb2.GetCardRequest())
-    assert sorted({entry.worker_id for entry in card.entries}) == ["w2", "w3", "w4", "w5"]
+    assert sorted({entry.worker_id for entry in card.entries}) == ["", "w2", "w3", "w4", "w5"]

@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.policy.prefill import predict_in_order, prefill_pace, walk
-from services.policy.state import QueuedRequest, Slo
+from services.policy.prefill import (
+    NO_STEP,
+    instance_pace,
+    predict_in_order,
+    prefill_pace,
+    step_in_progress,
+    walk,
+)
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B, StepShape
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
 
@@ -57,3 +64,56 @@ def test_work_ahead_delays_the_first() -> None:
     pace = prefill_pace(A100_LLAMA3_8B, DecodeLoad(30, 30_000), BudgetPolicy(), 0.1)
     (free,), (behind,) = predict_in_order(queue_of([500]), pace), predict_in_order(queue_of([500]), pace, 1.0)
     assert behind.mean_s >= free.mean_s + 1.0
+
+
+def view_in_step(elapsed_s: float, queued_tokens: int, decodes: int = 30) -> InstanceView:
+    """Return an instance whose running step began with so many tokens queued."""
+    return InstanceView(
+        worker_id="w",
+        role=Role.UNIFIED,
+        model=A100_LLAMA3_8B,
+        decodes=decodes,
+        decode_context_tokens=decodes * 1000,
+        min_tbt_s=0.1,
+        step_elapsed_s=elapsed_s,
+        step_queued_tokens=queued_tokens,
+    )
+
+
+@given(st.integers(0, 5000), st.floats(0.0, 0.5))
+def test_the_running_step_ends_within_one_step_and_serves_what_was_queued(tokens: int, elapsed_s: float) -> None:
+    """What is left of it is never longer than a full step, and its work never more than there was."""
+    view = view_in_step(elapsed_s, tokens)
+    pace = instance_pace(view, BudgetPolicy())
+    running = step_in_progress(view, pace)
+    assert 0 <= running.left_s <= pace.step_s + 1e-9
+    assert running.work_s <= pace.work_s(tokens) + 1e-9
+
+
+def test_a_newcomer_waits_for_the_running_step_and_then_for_what_it_leaves() -> None:
+    """Half way through a full step of three, its first token comes two and a half steps and its own later."""
+    pace = instance_pace(view_in_step(0.0, 0), BudgetPolicy())
+    view = view_in_step(0.5 * pace.step_s, 3 * pace.budget_tokens)
+    queue = queue_of([3 * pace.budget_tokens, 100])
+    queue[0].started = True
+    first, newcomer = predict_in_order(queue, pace, running=step_in_progress(view, pace))
+    assert first.mean_s == pytest.approx(2.5 * pace.step_s, rel=0.1)
+    alone_s = pace.finish_s(pace.work_s(100))
+    assert newcomer.mean_s == pytest.approx(2.5 * pace.step_s + alone_s, rel=0.1)
+    assert newcomer.hop_s == pytest.approx(0.5 * pace.step_s, rel=0.1)
+
+
+def test_a_step_that_should_be_over_gave_way_to_the_next() -> None:
+    """Reports come late: after one and a half steps of decodes the newcomer waits for half of the second."""
+    view = view_in_step(0.0, 0)
+    pace = instance_pace(view, BudgetPolicy())
+    step_s = pace.finish_s(0.0)
+    assert step_in_progress(view_in_step(1.5 * step_s, 0), pace).left_s == pytest.approx(0.5 * step_s)
+
+
+def test_an_instance_without_work_takes_a_newcomer_at_once() -> None:
+    """Whatever it ran is over when nothing was left to run."""
+    view = view_in_step(0.2, 50, decodes=0)
+    assert step_in_progress(view, instance_pace(view, BudgetPolicy())).left_s == 0.0
+    idle = InstanceView(worker_id="w", role=Role.UNIFIED, model=A100_LLAMA3_8B)
+    assert step_in_progress(idle, instance_pace(idle, BudgetPolicy())) == NO_STEP
