@@ -218,7 +218,16 @@ class CardEntry(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., slice: _Optional[str] = ..., samples: _Optional[int] = ..., median_ape: _Optional[float] = ..., mape: _Optional[float] = ..., p90_ape: _Optional[float] = ..., bias: _Optional[float] = ..., coverage_p90: _Optional[float] = ..., confidence: _Optional[_Union[Confidence, str]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class GetCardResponse(_message.Message):
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "left_out")
+    class LeftOutEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[CardEntry]
-    def __init__(self, entries: _Optional[_Iterable[_Union[CardEntry, _Mapping]]] = ...) -> None: ...
+    left_out: _containers.ScalarMap[str, int]
+    def __init__(self, entries: _Optional[_Iterable[_Union[CardEntry, _Mapping]]] = ..., left_out: _Optional[_Mapping[str, int]] = ...) -> None: ...

@@ -129,7 +129,8 @@ async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack
             max_model_len=arguments.max_model_len,
             kv_capacity_tokens=arguments.kv_capacity_tokens,
         )
-        addresses = [await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))]
+        system = await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))
+        addresses = [system.router]
         await asyncio.sleep(1)  # lets routers attach and learn the round trip
     return await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s))
 

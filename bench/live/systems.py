@@ -98,9 +98,18 @@ class Workers:
     kv_capacity_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunningSystem:
+    """Where a started system can be reached."""
+
+    router: str
+    predictor: str
+    """Empty: it has none."""
+
+
 @contextlib.asynccontextmanager
-async def running_system(system: System, workers: Workers, *, seed: int) -> AsyncIterator[str]:
-    """Start a system and yield its router's address."""
+async def running_system(system: System, workers: Workers, *, seed: int) -> AsyncIterator[RunningSystem]:
+    """Start a system, and stop it at the end."""
     async with Processes() as processes:
         predictor = ""
         if system.predictor:
@@ -118,7 +127,7 @@ async def running_system(system: System, workers: Workers, *, seed: int) -> Asyn
             **system.router,
         }
         address, _ = await processes.start_service("services.router", router)
-        yield address
+        yield RunningSystem(address, predictor)
 
 
 def _worker_config(system: System, workers: Workers, index: int, predictor: str, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
     def __init__(self, store: ModelStore) -> None:
         self._store = store
         self._published = asyncio.Event()
+        self._left_out: Counter[str] = Counter()
         self._closed = False
 
     async def publish(self, interval_s: float) -> None:
@@ -71,6 +73,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
                 taken += self._learn(models, step)
                 if index % _STEPS_A_TURN == 0:
                     await asyncio.sleep(0)
+            self._store.version += 1  # what was published in between had only some of these steps
         return predictor_pb2.ReportTelemetryResponse(steps=taken)
 
     def _learn(self, models: WorkerModels, step: common_pb2.StepTelemetry) -> bool:
@@ -92,14 +95,20 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         return predictor_pb2.ReportOutcomesResponse(outcomes=taken)
 
     def _calibrate(self, outcome: predictor_pb2.Outcome) -> bool:
-        for reason in ("moved", "relegated"):
-            if getattr(outcome, reason):
-                metrics.REFUSED_OUTCOMES.labels(reason=reason).inc()
-                return False
-        if self._store.get(outcome.worker_id) is None:
-            metrics.REFUSED_OUTCOMES.labels(reason="unknown_worker").inc()
+        reason = "moved" if outcome.moved else "relegated" if outcome.relegated else ""
+        if not reason and self._store.get(outcome.worker_id) is None:
+            reason = "unknown_worker"
+        if not reason and not self._learn_outcome(outcome):
+            reason = "impossible"
+        if reason:
+            self._left_out[reason] += 1
+            metrics.REFUSED_OUTCOMES.labels(reason=reason).inc()
             return False
-        learned = self._store.learn_outcome(
+        metrics.OUTCOMES.inc()
+        return True
+
+    def _learn_outcome(self, outcome: predictor_pb2.Outcome) -> bool:
+        return self._store.learn_outcome(
             outcome.worker_id,
             outcome.queue_ahead_s,
             outcome.predicted_ttft_s,
@@ -107,11 +116,6 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
             outcome.predicted_ttft_p90_s,
             outcome.predicted_ttft_p50_s,
         )
-        if learned:
-            metrics.OUTCOMES.inc()
-        else:
-            metrics.REFUSED_OUTCOMES.labels(reason="impossible").inc()
-        return learned
 
     async def Assess(
         self, request_iterator: AsyncIterator[predictor_pb2.AssessRequest], context: Any
@@ -140,7 +144,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         """Say how well predictions did: of all workers, then of each."""
         entries = [_card_entry("", line) for line in self._store.card()]
         entries += [_card_entry(models.worker_id, line) for models in self._store for line in models.card()]
-        return predictor_pb2.GetCardResponse(entries=entries)
+        return predictor_pb2.GetCardResponse(entries=entries, left_out=self._left_out)
 
     def _snapshot(self) -> predictor_pb2.WatchModelsResponse:
         now_s = time.monotonic()

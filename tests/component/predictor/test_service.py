@@ -187,6 +187,7 @@ async def test_outcomes_calibrate_and_nonsense_is_not_counted(stub: Stub) -> Non
         assert response.outcomes == len(good)
         after = await assess_one(stub)
         card = await stub.GetCard(predictor_pb2.GetCardRequest())
+    assert dict(card.left_out) == {"impossible": 2, "unknown_worker": 1, "moved": 1, "relegated": 1}
     assert after.ttft_p90_s[2] > 1.1 * before.ttft_p90_s[2]
     assert after.ttft_p50_s[2] > 1.1 * before.ttft_p50_s[2]
     for worker_id in ("w1", ""):

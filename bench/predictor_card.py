@@ -1,0 +1,132 @@
+"""python -m bench.predictor_card: how well the predictor does on a live cluster, by load slice.
+
+Starts one system with emulated workers and sends it a trace at several rates, one after the other, from idle to past
+the knee. Every prediction is judged by what became of it before anything is learned from it, in the order of time, so
+each is held out; the card is the predictor's own (`PredictorService.GetCard`), over all workers.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
+from bench.live.__main__ import fitting, unloaded_ttft_s
+from bench.live.load import run_load
+from bench.live.systems import SYSTEMS, Workers, running_system
+from bench.live.targets import ascendra_target, prompt_of
+from bench.metrics import summarize
+from bench.options import provenance
+from bench.workloads import load_trace, make_workload, slo_set
+from services.common.channels import open_channel
+
+VOCAB_SIZE = 1000
+MAX_MODEL_LEN = 8192
+FIGURES = ("median_ape", "p90_ape", "mape", "bias", "coverage_p90")
+
+
+async def card_of(address: str) -> dict[str, Any]:
+    """Return the predictor's card and how many outcomes it left out, by reason."""
+    channel = open_channel(address)
+    try:
+        stub: predictor_pb2_grpc.PredictorServiceAsyncStub = predictor_pb2_grpc.PredictorServiceStub(channel)
+        answer = await stub.GetCard(predictor_pb2.GetCardRequest())
+    finally:
+        await channel.close(None)
+    card = [
+        {
+            "worker_id": entry.worker_id,
+            "slice": entry.slice,
+            "samples": entry.samples,
+            "confidence": predictor_pb2.Confidence.Name(entry.confidence),
+            "note": entry.note,
+            **{name: getattr(entry, name) for name in FIGURES},
+        }
+        for entry in answer.entries
+    ]
+    return {"card": card, "left_out": dict(answer.left_out)}
+
+
+async def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Send every load and return the card after the last."""
+    trace = load_trace(arguments.trace)
+    classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
+    workers = Workers(
+        count=arguments.workers,
+        model=arguments.model,
+        profile=arguments.profile,
+        jitter_sigma=arguments.jitter_sigma,
+        max_model_len=MAX_MODEL_LEN,
+        kv_capacity_tokens=380_000,
+    )
+    loads = []
+    async with running_system(SYSTEMS[arguments.system], workers, seed=arguments.seed) as system:
+        async with ascendra_target([system.router], timeout_s=300) as target:
+            for rate_rps in arguments.rates:
+                workload = make_workload(
+                    trace,
+                    arrivals="poisson",
+                    rate_rps=rate_rps,
+                    requests=round(rate_rps * arguments.seconds),
+                    classes=classes,
+                    seed=arguments.seed,
+                )
+                prompt = partial(prompt_of, vocab_size=VOCAB_SIZE, seed=arguments.seed)
+                records = await run_load(target, fitting(workload, MAX_MODEL_LEN), prompt, drain_s=20)
+                report = summarize(records)
+                print(f"{rate_rps:g}/s: {report.requests} requests, joint {report.joint:.1%}", file=sys.stderr)
+                loads.append({"rate_rps": rate_rps, "report": report.as_dict()})
+        return {"loads": loads, **await card_of(system.predictor)}
+
+
+def table(card: Sequence[Mapping[str, Any]]) -> str:
+    """Render the lines of all workers together."""
+    lines = [
+        "| slice | predictions | p50 error | p90 error | mean error | bias | within the stated 90% bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in card:
+        if not entry["worker_id"]:
+            cells = " | ".join(f"{entry[name]:.1%}" for name in FIGURES)
+            lines.append(f"| {entry['slice']} | {entry['samples']} | {cells} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predictor_card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--trace", type=Path, required=True, help="trace file; formats in bench/workloads.py")
+    parser.add_argument("--model", type=Path, required=True, help="model directory, for its tokenizer (see demo/)")
+    parser.add_argument("--system", default="ascendra", choices=[n for n, s in SYSTEMS.items() if s.predictor])
+    parser.add_argument("--rates", type=float, nargs="+", default=[12, 30, 44], help="requests per second, in turn")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of each load, in seconds")
+    parser.add_argument("--slo", default="1000/100", help="A, B, C or <ttft_ms>/<tbt_ms>")
+    parser.add_argument("--workers", type=int, default=8, help="emulated workers")
+    parser.add_argument("--profile", default="a100-llama3-8b", help="step-time profile of the emulated workers")
+    parser.add_argument("--jitter-sigma", type=float, default=0.03, help="standard deviation of log(step time)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write card and loads as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run, print the card, write it."""
+    arguments = parse()
+    result = uvloop.run(run(arguments))
+    print(table(result["card"]))
+    print(f"\nnot judged, by reason: {result['left_out'] or 'none'}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**provenance(arguments), **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
