@@ -16,6 +16,8 @@ from services.policy.value_functions import HYBRID_ALPHA, value_function
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+_P90_SIGMAS = 1.2816
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,63 +75,105 @@ def assess(
         age_s: seconds since arrival.
     """
     value_function(value)
-    shape = (len(home), len(instances))
-    columns = [
-        _assess_instance(
-            instance, np.flatnonzero(home == i), prompt_tokens, age_s, ttft_slo_s, tbt_slo_s, value, relegation
-        )
-        for i, instance in enumerate(instances)
+    if not len(instances) or not len(home):
+        empty = np.zeros((len(home), len(instances)))
+        return RiskTable(*[empty] * 9)
+    residents = [np.flatnonzero(home == i) for i in range(len(instances))]
+    bounds_s = [
+        instance.min_tbt_s or (float(tbt_slo_s[own].min()) if len(own) else np.inf)
+        for instance, own in zip(instances, residents, strict=True)
     ]
-    stacked = np.array(columns).reshape(shape[1], 7, shape[0]).transpose(1, 2, 0)
-    mean_s, p50_s, p90_s, tbt_s, tbt_p90_s, miss_ttft, miss_tbt = stacked
-    slo_s = ttft_slo_s[:, None]
-    return RiskTable(mean_s, p50_s, p90_s, tbt_s, tbt_p90_s, miss_ttft, miss_tbt, slo_s - mean_s, slo_s - p90_s)
-
-
-def _assess_instance(
-    instance: RiskInstance,
-    residents: Ints,
-    tokens: Ints,
-    age_s: Floats,
-    ttft_slo_s: Floats,
-    tbt_slo_s: Floats,
-    value: str,
-    relegation: str,
-) -> tuple[Floats, ...]:
-    """Return one instance's columns of the table."""
-    load = DecodeLoad(instance.decodes, instance.decode_context_tokens)
-    tbt_bound_s = instance.min_tbt_s or (float(tbt_slo_s[residents].min()) if len(residents) else np.inf)
-    pace = prefill_pace(instance.model, load, instance.budget, tbt_bound_s)
-    work_s = _work_s(pace, tokens)
-    ahead_s = _ahead_s(pace, instance, residents, work_s, age_s, ttft_slo_s, value, relegation)
-    queue_s = np.where(ahead_s > 0, _finish_s(pace, ahead_s), 0.0)
-    remaining_s = np.maximum(_finish_s(pace, ahead_s + work_s), 1e-6)
-
-    limits = [limit_s or np.inf for _, limit_s in SLICE_LIMITS_S]
-    slices = np.searchsorted(limits, queue_s)
-    ratios = np.array([r.ratios for r in instance.residuals])
-    fixed_s = age_s + instance.hop_s
+    paces = [
+        prefill_pace(instance.model, DecodeLoad(instance.decodes, instance.decode_context_tokens), instance.budget, tbt)
+        for instance, tbt in zip(instances, bounds_s, strict=True)
+    ]
+    # From here on, arrays have one row an instance: few operations on many numbers, not many on few.
+    pace = _Paces.of(paces)
+    work_s = pace.work_s(tokens=prompt_tokens)
+    alone_s = pace.finish_s(work_s)
+    ahead_s = np.array(
+        [
+            _ahead_s(paces[i], instance, residents[i], work_s[i], alone_s[i], age_s, ttft_slo_s, value, relegation)
+            for i, instance in enumerate(instances)
+        ]
+    )
+    remaining_s = np.maximum(pace.finish_s(ahead_s + work_s), 1e-6)
+    queue_s = np.where(ahead_s > 0, pace.finish_s(ahead_s), 0.0)
+    fixed_s = age_s + np.array([[instance.hop_s] for instance in instances])
     allowed = np.maximum(ttft_slo_s - fixed_s, 0.0) / remaining_s
-    miss_ttft = np.empty_like(remaining_s)
-    for s, residual in enumerate(instance.residuals):
-        rows = slices == s
-        if rows.any():
-            # Below the lowest quantile P falls to 0 at ratio 0, above the highest it reaches 1 at half as much again.
-            miss_ttft[rows] = 1.0 - np.interp(
-                allowed[rows], [0.0, *residual.ratios, 1.5 * residual.ratios[-1]], [0.0, *LEVELS, 1.0]
-            )
-    tbt_s = _tbt_s(instance, pace, tokens, tbt_slo_s, bool(len(residents)) or instance.in_progress_tokens > 0)
-    sigma = max(instance.model.log_sigma, 1e-3)
+    p50, p90, miss_ttft = _residual_columns(instances, queue_s, allowed)
+
+    busy = np.array([[len(own) > 0 or i.in_progress_tokens > 0] for i, own in zip(instances, residents, strict=True)])
+    tbt_s = _tbt_s(instances, pace, prompt_tokens, tbt_slo_s, busy)
+    sigma = np.array([[max(instance.model.log_sigma, 1e-3)] for instance in instances])
     miss_tbt = 1.0 - _normal_cdf(np.log(np.maximum(tbt_slo_s, 1e-6) / tbt_s) / sigma)
-    return (
-        fixed_s + remaining_s,
-        fixed_s + remaining_s * ratios[slices, P50],
-        fixed_s + remaining_s * ratios[slices, P90],
+    mean_s, p90_s = fixed_s + remaining_s, fixed_s + remaining_s * p90
+    columns = (
+        mean_s,
+        fixed_s + remaining_s * p50,
+        p90_s,
         tbt_s,
-        tbt_s * np.exp(1.2816 * sigma),
+        tbt_s * np.exp(_P90_SIGMAS * sigma),
         miss_ttft,
         miss_tbt,
+        ttft_slo_s - mean_s,
+        ttft_slo_s - p90_s,
     )
+    return RiskTable(*(column.T for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
+class _Paces:
+    """PrefillPace of every instance, in columns of shape (instances, 1)."""
+
+    budget_tokens: Floats
+    overhead_s: Floats
+    capacity_s: Floats
+    token_s: Floats
+    product_s: Floats
+    small_work_s: Floats
+    small_overhead_s: Floats
+    small_ratio: Floats
+
+    @classmethod
+    def of(cls, paces: Sequence[PrefillPace]) -> "_Paces":
+        """Return the columns."""
+        return cls(*(np.array([[getattr(pace, name)] for pace in paces]) for name in cls.__slots__))
+
+    def work_s(self, tokens: Ints) -> Floats:
+        """Return `PrefillPace.work_s` of fresh prompts."""
+        later_chunks = np.maximum(tokens - self.budget_tokens, 0)
+        work_s: Floats = self.token_s * tokens + self.product_s * tokens * (0.5 * later_chunks)
+        return work_s
+
+    def finish_s(self, work_s: Floats) -> Floats:
+        """Return `PrefillPace.finish_s`."""
+        packed_s = np.ceil(work_s / self.capacity_s) * self.overhead_s + work_s
+        small_s = self.small_overhead_s + work_s * self.small_ratio
+        return np.where(work_s <= self.small_work_s, small_s, packed_s)
+
+
+def _residual_columns(
+    instances: Sequence[RiskInstance], queue_s: Floats, allowed: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Return by cell the median and 90% ratios of actual to predicted TTFT, and P(ratio above `allowed`)."""
+    limits = [limit_s or np.inf for _, limit_s in SLICE_LIMITS_S]
+    slices = np.searchsorted(limits, queue_s)
+    p50, p90, miss = np.empty_like(queue_s), np.empty_like(queue_s), np.empty_like(queue_s)
+    # Workers mostly share their residuals: one pass over all cells of a residual, whichever instance they are of.
+    sharing: dict[tuple[ResidualSlice, ...], list[int]] = {}
+    for i, instance in enumerate(instances):
+        sharing.setdefault(instance.residuals, []).append(i)
+    for residuals, rows in sharing.items():
+        of_rows = np.zeros((len(instances), 1), dtype=bool)
+        of_rows[rows] = True
+        for index, residual in enumerate(residuals):
+            cells = (slices == index) & of_rows
+            p50[cells], p90[cells] = residual.ratios[P50], residual.ratios[P90]
+            # Below the lowest quantile P falls to 0 at ratio 0, above the highest it reaches 1 at half as much again.
+            knots = [0.0, *residual.ratios, 1.5 * residual.ratios[-1]]
+            miss[cells] = 1.0 - np.interp(allowed[cells], knots, [0.0, *LEVELS, 1.0])
+    return p50, p90, miss
 
 
 def _ahead_s(
@@ -137,6 +181,7 @@ def _ahead_s(
     instance: RiskInstance,
     residents: Ints,
     work_s: Floats,
+    alone_s: Floats,
     age_s: Floats,
     ttft_slo_s: Floats,
     value: str,
@@ -146,7 +191,7 @@ def _ahead_s(
     in_progress_s = pace.work_s(instance.in_progress_tokens) if instance.in_progress_tokens else 0.0
     if not len(residents):
         return np.full(len(work_s), in_progress_s)
-    keys = _keys(value, _finish_s(pace, work_s), age_s, ttft_slo_s)
+    keys = _keys(value, alone_s, age_s, ttft_slo_s)
     queue = residents[np.lexsort((-age_s[residents], keys[residents]))]
     dropped = _given_up(relegation, queue, work_s, ttft_slo_s - age_s, pace, in_progress_s)
     stays = np.ones(len(work_s), dtype=bool)
@@ -169,10 +214,16 @@ def _given_up(
         return []
     if relegation == MOORE_HODGSON:
         queue = queue[np.argsort(left_s[queue], kind="stable")]
-    if (_finish_s(pace, ahead_s + np.cumsum(work_s[queue])) <= left_s[queue]).all():
+    finish_s = _Paces.of([pace]).finish_s
+    if (finish_s(ahead_s + np.cumsum(work_s[queue]))[0] <= left_s[queue]).all():
         return []
+    # Both rules drop at once who misses even if nobody else is served: whoever was kept before is shorter.
+    hopeless = finish_s(ahead_s + work_s[queue])[0] > left_s[queue]
+    given_up: list[int] = queue[hopeless].tolist()
+    queue = queue[~hopeless]
     choose = moore_hodgson if relegation == MOORE_HODGSON else late
-    return queue[choose(left_s[queue].tolist(), work_s[queue].tolist(), pace.finish_s, ahead_s)].tolist()  # type: ignore[no-any-return]
+    chosen = choose(left_s[queue].tolist(), work_s[queue].tolist(), pace.finish_s, ahead_s)
+    return given_up + queue[chosen].tolist()  # type: ignore[no-any-return]
 
 
 def _keys(value: str, alone_s: Floats, age_s: Floats, ttft_slo_s: Floats) -> Floats:
@@ -194,30 +245,22 @@ def _keys(value: str, alone_s: Floats, age_s: Floats, ttft_slo_s: Floats) -> Flo
             return deadline_s - alone_s
 
 
-def _work_s(pace: PrefillPace, tokens: Ints) -> Floats:
-    later_chunks = np.maximum(tokens - pace.budget_tokens, 0)
-    work_s: Floats = pace.token_s * tokens + pace.product_s * tokens * (0.5 * later_chunks)
-    return work_s
-
-
-def _finish_s(pace: PrefillPace, work_s: Floats) -> Floats:
-    packed_s = np.ceil(work_s / pace.capacity_s) * pace.overhead_s + work_s
-    small_s = pace.small_overhead_s + work_s * pace.small_ratio
-    return np.where(work_s <= pace.small_work_s, small_s, packed_s)
-
-
-def _tbt_s(instance: RiskInstance, pace: PrefillPace, tokens: Ints, tbt_slo_s: Floats, prefills_wait: bool) -> Floats:
+def _tbt_s(
+    instances: Sequence[RiskInstance], pace: _Paces, tokens: Ints, tbt_slo_s: Floats, prefills_wait: Bools
+) -> Floats:
     """Return the expected gap with each request resident: decodes alone, or steps filled up with prefill."""
-    bin = instance.model.bin_of(instance.decodes + 1)
-    alone_s = bin.overhead_s(instance.decodes + 1, instance.decode_context_tokens)
-    decodes_s: Floats = np.maximum(alone_s + bin.a4 * tokens, 1e-6)
-    if not prefills_wait:
+    bins = [instance.model.bin_of(instance.decodes + 1) for instance in instances]
+    loads = list(zip(instances, bins, strict=True))
+    alone_s = np.array([[bin.overhead_s(i.decodes + 1, i.decode_context_tokens)] for i, bin in loads])
+    decodes_s: Floats = np.maximum(alone_s + np.array([[bin.a4] for bin in bins]) * tokens, 1e-6)
+    if not prefills_wait.any():
         return decodes_s
-    bound_s = np.minimum(tbt_slo_s, instance.min_tbt_s) if instance.min_tbt_s > 0 else tbt_slo_s
-    aimed_s = (bound_s - instance.budget.delivery_s) / instance.model.safety_factor
-    most_s = pace.token_s * (instance.budget.max_tokens - instance.decodes) + decodes_s
-    filled_s: Floats = np.maximum(np.minimum(aimed_s, most_s), decodes_s)
-    return filled_s
+    bound_s = np.minimum(tbt_slo_s, np.array([[i.min_tbt_s or np.inf] for i in instances]))
+    delivery_s = np.array([[i.budget.delivery_s] for i in instances])
+    aimed_s = (bound_s - delivery_s) / np.array([[i.model.safety_factor] for i in instances])
+    room_tokens = np.array([[i.budget.max_tokens - i.decodes] for i in instances])
+    filled_s = np.maximum(np.minimum(aimed_s, pace.token_s * room_tokens + decodes_s), decodes_s)
+    return np.where(prefills_wait, filled_s, decodes_s)
 
 
 def _normal_cdf(z: Floats) -> Floats:
