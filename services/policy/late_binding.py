@@ -8,7 +8,7 @@ import enum
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -261,8 +261,8 @@ class WaitingSet:
         ]
         committed_s = math.fsum(map(_work, instances))
         speed = math.fsum(one.pace.capacity_s / one.pace.step_s for one in instances) / caution
-        choose: Callable[..., list[int]] = late if self.order.relegation == LATE else moore_hodgson
-        dropped = choose(rooms_s, works_s, lambda work_s: work_s / speed, committed_s)
+        choose = late if self.order.relegation == LATE else moore_hodgson
+        dropped = choose([room_s * speed for room_s in rooms_s], works_s, committed_s)
         return {self._ranked[place][1].request_id for place in dropped}
 
     def _has_room(self, instance: Instance) -> bool:

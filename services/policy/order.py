@@ -133,18 +133,12 @@ def _choose_dropped(
     """Return the indices of the entries to give up."""
     if policy.relegation == NONE:
         return set()
-    caution, pace_finish_s = policy.caution, pace.finish_s
     works_s = [entry[-2] for entry in entries]
-    deadlines_s = [entry[-1].deadline_s - now_s for entry in entries]
-    if caution * pace_finish_s(ahead_s + math.fsum(works_s)) <= min(deadlines_s):
+    rooms_s = [(entry[-1].deadline_s - now_s) / policy.caution for entry in entries]
+    if ahead_s + math.fsum(works_s) <= pace.work_within_s(min(rooms_s)):
         return set()
-
-    def finish_s(work_s: float) -> float:
-        return caution * pace_finish_s(work_s)
-
-    if policy.relegation == LATE:
-        return set(late(deadlines_s, works_s, finish_s, ahead_s))
-    return set(moore_hodgson(deadlines_s, works_s, finish_s, ahead_s))
+    choose = late if policy.relegation == LATE else moore_hodgson
+    return set(choose([pace.work_within_s(room_s) for room_s in rooms_s], works_s, ahead_s))
 
 
 def _hopeful_first(

@@ -29,6 +29,10 @@ class TtftEstimate:
         return self.hop_s + caution * (self.mean_s - self.hop_s)
 
 
+ROUNDING_S = 1e-9
+"""What the sum of many works may be off."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillPace:
     """How fast an instance prefills beside its present decodes: full steps of known size, one after the other.
@@ -70,6 +74,15 @@ class PrefillPace:
         if work_s <= self.small_work_s:
             return self.small_overhead_s + work_s * self.small_ratio
         return math.ceil(work_s / self.capacity_s) * self.overhead_s + work_s
+
+    def work_within_s(self, time_s: float) -> float:
+        """Return the most work that is done within a time: the inverse of `finish_s`; negative when not even a step."""
+        steps, rest_s = divmod(time_s, self.step_s)
+        packed_s = steps * self.capacity_s + min(max(rest_s - self.overhead_s, 0.0), self.capacity_s)
+        if packed_s > self.small_work_s:
+            return packed_s + ROUNDING_S
+        small_s = (time_s - self.small_overhead_s) / self.small_ratio
+        return min(small_s, self.small_work_s) + ROUNDING_S
 
     def alone_s(self, request: QueuedRequest) -> float:
         """Return the seconds of a request's remaining prefill with nothing ahead of it."""

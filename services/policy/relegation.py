@@ -1,50 +1,42 @@
 """Whom to give up when not everybody can make it, and how those given up still get their turn."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 NONE, LATE, MOORE_HODGSON = "none", "late", "moore_hodgson"
 RULES = (NONE, LATE, MOORE_HODGSON)
 
 
-def moore_hodgson(
-    deadlines_s: Sequence[float],
-    works_s: Sequence[float],
-    finish_s: Callable[[float], float],
-    ahead_s: float = 0.0,
-) -> list[int]:
+def moore_hodgson(limits_s: Sequence[float], works_s: Sequence[float], ahead_s: float = 0.0) -> list[int]:
     """Return the indices of the fewest jobs to give up so that all others meet their deadlines.
 
     Goes through the jobs by deadline; when the schedule misses, drops the longest so far. Optimal when the kept jobs
     are served by deadline.
 
     Args:
-        deadlines_s: latest time at which each job is done.
+        limits_s: most work that can be done by each job's deadline (`PrefillPace.work_within_s`), its own included.
         works_s: work of each job.
-        finish_s: time at which an amount of work is done; never decreasing.
         ahead_s: work done before the first job.
     """
     kept: list[tuple[float, int]] = []
     dropped = []
     work_s = ahead_s
-    for index in sorted(range(len(works_s)), key=deadlines_s.__getitem__):
+    for index in sorted(range(len(works_s)), key=limits_s.__getitem__):
         heapq.heappush(kept, (-works_s[index], index))
         work_s += works_s[index]
-        while kept and finish_s(work_s) > deadlines_s[index]:
+        while kept and work_s > limits_s[index]:
             longest = heapq.heappop(kept)[1]
             work_s -= works_s[longest]
             dropped.append(longest)
     return dropped
 
 
-def late(
-    deadlines_s: Sequence[float], works_s: Sequence[float], finish_s: Callable[[float], float], ahead_s: float = 0.0
-) -> list[int]:
+def late(limits_s: Sequence[float], works_s: Sequence[float], ahead_s: float = 0.0) -> list[int]:
     """Return the indices of the jobs that miss when served in the given order, each skipped when its turn comes."""
     dropped = []
     work_s = ahead_s
-    for index, (deadline_s, job_s) in enumerate(zip(deadlines_s, works_s, strict=True)):
-        if finish_s(work_s + job_s) > deadline_s:
+    for index, (limit_s, job_s) in enumerate(zip(limits_s, works_s, strict=True)):
+        if work_s + job_s > limit_s:
             dropped.append(index)
         else:
             work_s += job_s

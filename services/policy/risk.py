@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.policy.calibration import LEVELS, P50, P90, SLICE_LIMITS_S, ResidualSlice, prior_slices
-from services.policy.prefill import PrefillPace, prefill_pace
+from services.policy.prefill import ROUNDING_S, PrefillPace, prefill_pace
 from services.policy.relegation import MOORE_HODGSON, NONE, late, moore_hodgson
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
@@ -90,11 +90,12 @@ def assess(
     # From here on, arrays have one row an instance: few operations on many numbers, not many on few.
     pace = _Paces.of(paces)
     work_s = pace.work_s(tokens=prompt_tokens)
-    alone_s = pace.finish_s(work_s)
+    keys = np.broadcast_to(_keys(value, pace.finish_s(work_s), age_s, ttft_slo_s), work_s.shape)
+    within_s = pace.work_within_s(ttft_slo_s - age_s)
     ahead_s = np.array(
         [
-            _ahead_s(paces[i], instance, residents[i], work_s[i], alone_s[i], age_s, ttft_slo_s, value, relegation)
-            for i, instance in enumerate(instances)
+            _ahead_s(paces[i], one, residents[i], work_s[i], keys[i], within_s[i], age_s, relegation)
+            for i, one in enumerate(instances)
         ]
     )
     remaining_s = np.maximum(pace.finish_s(ahead_s + work_s), 1e-6)
@@ -152,27 +153,40 @@ class _Paces:
         small_s = self.small_overhead_s + work_s * self.small_ratio
         return np.where(work_s <= self.small_work_s, small_s, packed_s)
 
+    def work_within_s(self, time_s: Floats) -> Floats:
+        """Return `PrefillPace.work_within_s`."""
+        step_s = self.overhead_s + self.capacity_s
+        steps = np.floor(time_s / step_s)
+        rest_s = time_s - steps * step_s
+        packed_s = steps * self.capacity_s + np.minimum(np.maximum(rest_s - self.overhead_s, 0.0), self.capacity_s)
+        small_s = np.minimum((time_s - self.small_overhead_s) / self.small_ratio, self.small_work_s)
+        return np.where(packed_s > self.small_work_s, packed_s, small_s) + ROUNDING_S
+
 
 def _residual_columns(
     instances: Sequence[RiskInstance], queue_s: Floats, allowed: Floats
 ) -> tuple[Floats, Floats, Floats]:
     """Return by cell the median and 90% ratios of actual to predicted TTFT, and P(ratio above `allowed`)."""
-    limits = [limit_s or np.inf for _, limit_s in SLICE_LIMITS_S]
-    slices = np.searchsorted(limits, queue_s)
+    slices = np.zeros(queue_s.shape, dtype=np.int8)
+    for _, limit_s in SLICE_LIMITS_S[:-1]:
+        slices += queue_s > limit_s
     p50, p90, miss = np.empty_like(queue_s), np.empty_like(queue_s), np.empty_like(queue_s)
-    # Workers mostly share their residuals: one pass over all cells of a residual, whichever instance they are of.
+    # Workers mostly share their residuals: one pass over all their cells.
     sharing: dict[tuple[ResidualSlice, ...], list[int]] = {}
     for i, instance in enumerate(instances):
         sharing.setdefault(instance.residuals, []).append(i)
-    for residuals, rows in sharing.items():
-        of_rows = np.zeros((len(instances), 1), dtype=bool)
-        of_rows[rows] = True
+    for residuals, sharers in sharing.items():
+        rows = slice(None) if len(sharers) == len(instances) else sharers
+        own_slices, own_allowed = slices[rows], allowed[rows]
+        p50[rows] = np.array([residual.ratios[P50] for residual in residuals])[own_slices]
+        p90[rows] = np.array([residual.ratios[P90] for residual in residuals])[own_slices]
+        within = np.empty_like(own_allowed)
         for index, residual in enumerate(residuals):
-            cells = (slices == index) & of_rows
-            p50[cells], p90[cells] = residual.ratios[P50], residual.ratios[P90]
+            cells = own_slices == index
             # Below the lowest quantile P falls to 0 at ratio 0, above the highest it reaches 1 at half as much again.
             knots = [0.0, *residual.ratios, 1.5 * residual.ratios[-1]]
-            miss[cells] = 1.0 - np.interp(allowed[cells], knots, [0.0, *LEVELS, 1.0])
+            within[cells] = np.interp(own_allowed[cells], knots, [0.0, *LEVELS, 1.0])
+        miss[rows] = 1.0 - within
     return p50, p90, miss
 
 
@@ -181,19 +195,22 @@ def _ahead_s(
     instance: RiskInstance,
     residents: Ints,
     work_s: Floats,
-    alone_s: Floats,
+    keys: Floats,
+    within_s: Floats,
     age_s: Floats,
-    ttft_slo_s: Floats,
-    value: str,
     relegation: str,
 ) -> Floats:
-    """Return the prefill work that is done before each request if it is (or were) in this instance's queue."""
+    """Return the prefill work that is done before each request if it is (or were) in this instance's queue.
+
+    Args:
+        keys: order of the queue.
+        within_s: most work that is done by each request's deadline.
+    """
     in_progress_s = pace.work_s(instance.in_progress_tokens) if instance.in_progress_tokens else 0.0
     if not len(residents):
         return np.full(len(work_s), in_progress_s)
-    keys = _keys(value, alone_s, age_s, ttft_slo_s)
     queue = residents[np.lexsort((-age_s[residents], keys[residents]))]
-    dropped = _given_up(relegation, queue, work_s, ttft_slo_s - age_s, pace, in_progress_s)
+    dropped = _given_up(relegation, queue, work_s, within_s, in_progress_s)
     stays = np.ones(len(work_s), dtype=bool)
     stays[dropped] = False
     kept = queue[stays[queue]]
@@ -206,24 +223,22 @@ def _ahead_s(
     return ahead_s
 
 
-def _given_up(
-    relegation: str, queue: Ints, work_s: Floats, left_s: Floats, pace: PrefillPace, ahead_s: float
-) -> list[int]:
+def _given_up(relegation: str, queue: Ints, work_s: Floats, within_s: Floats, ahead_s: float) -> list[int]:
     """Return the rows that the rule gives up; a vector check settles the common case that everybody makes it."""
     if relegation == NONE:
         return []
     if relegation == MOORE_HODGSON:
-        queue = queue[np.argsort(left_s[queue], kind="stable")]
-    finish_s = _Paces.of([pace]).finish_s
-    if (finish_s(ahead_s + np.cumsum(work_s[queue]))[0] <= left_s[queue]).all():
+        queue = queue[np.argsort(within_s[queue], kind="stable")]
+    works_s, limits_s = work_s[queue], within_s[queue]
+    if (ahead_s + np.cumsum(works_s) <= limits_s).all():
         return []
     # Both rules drop at once who misses even if nobody else is served: whoever was kept before is shorter.
-    hopeless = finish_s(ahead_s + work_s[queue])[0] > left_s[queue]
+    hopeless = ahead_s + works_s > limits_s
     given_up: list[int] = queue[hopeless].tolist()
-    queue = queue[~hopeless]
+    hopeful = queue[~hopeless]
     choose = moore_hodgson if relegation == MOORE_HODGSON else late
-    chosen = choose(left_s[queue].tolist(), work_s[queue].tolist(), pace.finish_s, ahead_s)
-    return given_up + queue[chosen].tolist()  # type: ignore[no-any-return]
+    chosen = choose(limits_s[~hopeless].tolist(), works_s[~hopeless].tolist(), ahead_s)
+    return given_up + hopeful[chosen].tolist()  # type: ignore[no-any-return]
 
 
 def _keys(value: str, alone_s: Floats, age_s: Floats, ttft_slo_s: Floats) -> Floats:
@@ -265,5 +280,5 @@ def _tbt_s(
 
 def _normal_cdf(z: Floats) -> Floats:
     """Return the normal distribution function, within 3e-4."""
-    cdf: Floats = 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * z**3)))
+    cdf: Floats = 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * z * z * z)))
     return cdf

@@ -1,6 +1,7 @@
 """The fast prediction of first tokens against the exact walk."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from services.policy.prefill import (
     walk,
 )
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
-from services.policy.step_time import A100_LLAMA3_8B, StepShape
+from services.policy.step_time import A100_LLAMA3_8B, StepShape, StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
 
 
@@ -117,3 +118,15 @@ def test_an_instance_without_work_takes_a_newcomer_at_once() -> None:
     assert step_in_progress(view, instance_pace(view, BudgetPolicy())).left_s == 0.0
     idle = InstanceView(worker_id="w", role=Role.UNIFIED, model=A100_LLAMA3_8B)
     assert step_in_progress(idle, instance_pace(idle, BudgetPolicy())) == NO_STEP
+
+
+@given(st.integers(0, 60), st.floats(0.0, 5.0), st.floats(0.0, 5.0))
+def test_work_within_a_time_is_the_inverse_of_the_time_of_work(decodes: int, time_s: float, work_s: float) -> None:
+    """What is done in time is within the limit, and the limit is done in time: exactly within one bin of the model."""
+    model = StepTimeModel((A100_LLAMA3_8B.bins[0], replace(A100_LLAMA3_8B.bins[1], a0=0.02)))
+    pace = prefill_pace(model, DecodeLoad(decodes, decodes * 500), BudgetPolicy(), 0.1)
+    within_s = pace.work_within_s(time_s)
+    if pace.finish_s(work_s) <= time_s:
+        assert work_s <= within_s
+    if within_s > 0:
+        assert pace.finish_s(within_s - 2e-9) <= time_s + 1e-6

@@ -24,7 +24,7 @@ def all_make_it(jobs: list[tuple[int, int]], ahead: int = 0) -> bool:
 @given(jobs_lists, st.integers(0, 30))
 def test_moore_hodgson_keeps_as_many_as_any_choice(jobs: list[tuple[int, int]], ahead: int) -> None:
     """Compared with every subset, none that makes it is larger than what was kept, and what was kept makes it."""
-    dropped = moore_hodgson([d for d, _ in jobs], [w for _, w in jobs], float, ahead)
+    dropped = moore_hodgson([d for d, _ in jobs], [w for _, w in jobs], ahead)
     kept = [job for i, job in enumerate(jobs) if i not in set(dropped)]
     best = max(
         size
@@ -38,7 +38,7 @@ def test_moore_hodgson_keeps_as_many_as_any_choice(jobs: list[tuple[int, int]], 
 @given(jobs_lists)
 def test_late_keeps_only_those_that_make_it_in_order(jobs: list[tuple[int, int]]) -> None:
     """Skipping each miss when its turn comes leaves jobs that all make it in the given order."""
-    dropped = set(late([d for d, _ in jobs], [w for _, w in jobs], float))
+    dropped = set(late([d for d, _ in jobs], [w for _, w in jobs]))
     done = 0
     for i, (deadline, work) in enumerate(jobs):
         if i not in dropped:
