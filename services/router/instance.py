@@ -69,6 +69,7 @@ class Instance:
         self.round_trip_s = 0.0
         self.step_s = 0.0
         """Smoothed seconds of a step with prefill."""
+        self._any_step_s = 0.0
         self._steps_seen = 0
         self._longest_step = RecentMaximum()
         self._step_began_s = 0.0
@@ -125,6 +126,7 @@ class Instance:
             self.adopt(self.policy, step.token_budget)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
+        self._any_step_s += 0.2 * (step.step_s - self._any_step_s) if self._any_step_s else step.step_s
         if step.prefill_tokens:
             self.step_s += 0.2 * (step.step_s - self.step_s) if self.step_s else step.step_s
 

@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import math
 import os
+import random
 import signal
 import time
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 from tokenizers import Tokenizer
 
 from ascendra import AscendraError, AsyncClient, RetryPolicy, SamplingParams, UnavailableError
-from ascendra.v1 import cluster_pb2
+from ascendra.v1 import cluster_pb2, common_pb2, predictor_pb2, predictor_pb2_grpc
 from tests.cluster.conftest import Corpus
 from tests.cluster.load import Case, Load, Recording, random_prompts, undisturbed
 from tests.support.cluster import Service, Site, attached, running, until
@@ -61,6 +64,61 @@ async def test_death_of_the_predictor_changes_the_prediction_policy_only(
             await asyncio.to_thread(site.predictor.start)
         await policy_becomes(client, {"predictor"})
         assert (await client.status()).predictor_connected
+    assert load.failures == []
+
+
+async def test_a_paused_predictor_is_done_without_until_it_goes_on(
+    site: Site, corpus: Corpus, tokenizer: Tokenizer
+) -> None:
+    """A predictor that hangs with its streams open is not waited for: its models are dropped when they are old."""
+    router = site.router(["cpu-lp", "cpu-hp"])
+    async with (
+        running(router, workers=2) as client,
+        Load([client], corpus.mixed, tokenizer, streams=4, tokens=(1, 1)) as load,
+    ):
+        await policy_becomes(client, {"predictor"})
+        os.kill(site.predictor.pid, signal.SIGSTOP)
+        try:
+            await policy_becomes(client, {"worker_model", "token_load"})
+            await load.further(10)
+        finally:
+            os.kill(site.predictor.pid, signal.SIGCONT)
+        await policy_becomes(client, {"predictor"})
+        await load.further(10)
+    assert load.failures == []
+
+
+async def test_nonsense_told_to_the_predictor_stops_no_stream(site: Site, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Steps that cannot be and steps a hundred times too long, in the workers' names, harm no request."""
+    router = site.router(["cpu-lp", "cpu-hp"])
+    rng = random.Random(4)
+
+    async def nonsense() -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
+        for _ in range(40):
+            steps = [
+                common_pb2.StepTelemetry(
+                    step=rng.randint(1, 1 << 40),
+                    prefill_tokens=rng.choice([0, 1, 300, 1 << 31]),
+                    decodes=rng.choice([0, 1, 40]),
+                    step_s=rng.choice([-1.0, math.nan, 1e-9, 5.0, 59.0, 1e9]),
+                )
+                for _ in range(20)
+            ]
+            for worker_id in ("cpu-lp", "cpu-hp"):
+                yield predictor_pb2.ReportTelemetryRequest(worker_id=worker_id, incarnation="forged", steps=steps)
+            await asyncio.sleep(0.02)
+
+    async with (
+        running(router, workers=2) as client,
+        Load([client], corpus.mixed, tokenizer, streams=4, tokens=(1, 1)) as load,
+        grpc.aio.insecure_channel(site.predictor.address) as channel,
+    ):
+        await policy_becomes(client, {"predictor"})
+        stub: predictor_pb2_grpc.PredictorServiceAsyncStub = predictor_pb2_grpc.PredictorServiceStub(channel)
+        answer = await stub.ReportTelemetry(nonsense(), timeout=60)
+        assert 0 < answer.steps < 1600  # those that cannot be were refused, the others could not be told from real ones
+        await load.further(10)
+        assert (await client.status()).prediction_policy in {"predictor", "worker_model", "token_load"}
     assert load.failures == []
 
 
