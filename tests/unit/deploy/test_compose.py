@@ -51,8 +51,8 @@ def test_files_follow_the_compose_specification() -> None:
     """Every file, overlays too, is valid by the schema of the Compose specification."""
     files = sorted((ROOT / "deploy").glob("compose*.yaml"))
     assert len(files) >= 3
-    checker = Path(sys.executable).with_name("check-jsonschema")
-    command = [checker, "--builtin-schema", "vendor.compose-spec", *files]
+    checker = str(Path(sys.executable).with_name("check-jsonschema"))
+    command = [checker, "--builtin-schema", "vendor.compose-spec", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
