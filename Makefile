@@ -44,6 +44,7 @@ lint: setup
 	ruff format --check .
 	lint-imports --no-cache
 	buf lint protos
+	$(PY) -m tools.reference --check
 
 types: setup
 	mypy
@@ -56,8 +57,9 @@ fmt: setup ## Format the code
 protos: setup ## Generate the gRPC code (committed; a test fails when it and protos/ differ)
 	buf lint protos
 	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/ascendra/v1/*.proto
+	$(PY) -m tools.reference
 
-docs: setup ## Generate docs/configuration.md and docs/protocol.md (committed; a test fails when they and the code differ)
+docs: setup ## Generate docs/configuration.md and docs/protocol.md (committed; lint fails when they and the code differ)
 	$(PY) -m tools.reference
 
 bench: setup ## What the router adds per token (about ten minutes; wants a quiet machine)
