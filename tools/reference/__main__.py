@@ -1,4 +1,4 @@
-"""`python -m tools.reference`: write docs/configuration.md and docs/protocol.md; --check tells whether they are stale."""
+"""`python -m tools.reference`: write docs/configuration.md and docs/protocol.md; --check tells if they are stale."""
 
 import argparse
 import sys
