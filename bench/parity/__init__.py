@@ -1,0 +1,1 @@
+"""The gateway's answers against those of `vllm serve`."""
