@@ -87,10 +87,21 @@ class Client:
         messages: Sequence[Message | Mapping[str, str]] | None = None,
         model: str = "",
         skip_special_tokens: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of a text or a conversation."""
-        call = self._client.tokenize(text, messages=messages, model=model, skip_special_tokens=skip_special_tokens)
+        call = self._client.tokenize(
+            text,
+            messages=messages,
+            model=model,
+            skip_special_tokens=skip_special_tokens,
+            continue_final_message=continue_final_message,
+        )
         return self._loop.run(call)
+
+    def token_bytes(self, token_ids: Sequence[int], *, model: str = "") -> list[bytes]:
+        """Return the bytes of each token by itself."""
+        return self._loop.run(self._client.token_bytes(token_ids, model=model))
 
     def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """Return the text of token ids."""

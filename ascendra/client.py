@@ -114,11 +114,13 @@ class AsyncClient:
         messages: Sequence[Message | Mapping[str, str]] | None = None,
         model: str = "",
         skip_special_tokens: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of a text or of a conversation rendered by the chat template."""
         request = inference_pb2.TokenizeRequest(model=model, skip_special_tokens=skip_special_tokens)
         if messages is not None:
             request.chat.CopyFrom(wire.chat_to_wire(messages))
+            request.chat.continue_final_message = continue_final_message
         else:
             request.text = text or ""
         response = await self._call(lambda endpoint: endpoint.inference.Tokenize, request)
@@ -128,6 +130,11 @@ class AsyncClient:
         """Return the text of token ids."""
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
         return (await self._call(lambda endpoint: endpoint.inference.Detokenize, request)).text
+
+    async def token_bytes(self, token_ids: Sequence[int], *, model: str = "") -> list[bytes]:
+        """Return the bytes of each token by itself; they need not be whole characters. Special tokens are spelt out."""
+        request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids, separately=True)
+        return list((await self._call(lambda endpoint: endpoint.inference.Detokenize, request)).token_bytes)
 
     async def models(self) -> list[inference_pb2.Model]:
         """Return the models that the router serves."""

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from ascendra import Chunk, Finished, FinishReason, Usage
+from services.gateway.logprobs import Speller, joined
 from services.gateway.requests import GenerationRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -25,11 +26,14 @@ class Choice:
     request_id: str
     echo: str = ""
     """Text to put before the completion."""
+    prompt_token_ids: Sequence[int] = ()
+    """Known when they are to be returned."""
     started: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
     text_offset: int = 0
     """Characters of the tokens whose log-probabilities were sent."""
+    speller: Speller = field(default_factory=Speller)
     finished: Finished | None = None
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -101,6 +105,8 @@ class Answer:
             "usage": self._usage(),
             "ascendra": receipts[0] if len(receipts) == 1 else {"choices": receipts},
         }
+        if self._chat and self._request.return_token_ids:
+            body["prompt_token_ids"] = list(self.choices[0].prompt_token_ids)
         return orjson.dumps(body)
 
     def _header(self, *, stream: bool) -> dict[str, Any]:
@@ -122,9 +128,11 @@ class Answer:
         else:
             shown["text"] = choice.echo + chunk.text if first else chunk.text
         shown |= {"logprobs": logprobs, "finish_reason": None}
+        event = {**self._head, "choices": [shown]}
         if self._request.return_token_ids:
             shown["token_ids"] = list(chunk.token_ids)
-        event = {**self._head, "choices": [shown]}
+            if first:
+                (event if self._chat else shown)["prompt_token_ids"] = list(choice.prompt_token_ids)
         if chunk.finished is not None:
             shown |= self._end(chunk.finished)
             event["ascendra"] = receipt_json(choice)
@@ -139,11 +147,13 @@ class Answer:
             shown["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             shown["text"] = text
-        shown["logprobs"] = _joined(choice.logprobs) if choice.logprobs else None
+        shown["logprobs"] = joined(choice.logprobs)
         if choice.finished is not None:
             shown |= self._end(choice.finished)
         if self._request.return_token_ids:
             shown["token_ids"] = choice.token_ids
+            if not self._chat:
+                shown["prompt_token_ids"] = list(choice.prompt_token_ids)
         return shown
 
     def _end(self, finished: Finished) -> dict[str, Any]:
@@ -213,8 +223,3 @@ def receipt_headers(choice: Choice) -> dict[str, str]:
     if receipt.pool is not None:
         headers["x-ascendra-pool"] = receipt.pool
     return headers
-
-
-def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return log-probabilities of consecutive chunks as one."""
-    return {key: [item for part in parts for item in part[key]] for key in parts[0]}

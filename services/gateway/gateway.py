@@ -11,8 +11,9 @@ from services.gateway.api_keys import ApiKeys
 from services.gateway.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.problems import ApiError, ShuttingDown
+from services.gateway.recent import RecentRequests
 from services.gateway.routers import Routers
-from services.gateway.token_texts import TokenTexts
+from services.gateway.token_bytes import TokenBytes
 
 SLOW_READER_GRACE_S = 10.0
 """Time beyond a request's limit in which a client may read what was written, in seconds."""
@@ -31,9 +32,15 @@ class Gateway:
             credentials=config.tls.as_client(),
         )
         self.view = ClusterView(self.routers)
-        self.token_texts = TokenTexts(self.routers.any)
+        self.token_bytes = TokenBytes(self.routers.any)
+        self.recent = RecentRequests()
         self.draining = False
         self._in_flight: set[asyncio.Task[None]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests in progress."""
+        return len(self._in_flight)
 
     async def serve_one(self, receive: Receive, work: Coroutine[None, None, None]) -> None:
         """Run the work of a request; cancel it when the client leaves (ClientDisconnect) or the drain ends."""

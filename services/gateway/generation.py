@@ -20,8 +20,9 @@ from services.gateway.config import GatewayConfig
 from services.gateway.fields import Fields, parse_object
 from services.gateway.gateway import Gateway
 from services.gateway.http_body import read_body
-from services.gateway.logprobs import IdNames, chat_logprobs, mentioned_ids, text_length, text_logprobs
+from services.gateway.logprobs import chat_logprobs, id_name, joined, mentioned_ids, text_logprobs
 from services.gateway.problems import ApiError, BadRequest, ShuttingDown, from_exception
+from services.gateway.recent import EndedRequest
 from services.gateway.reply import Reply
 from services.gateway.requests import GenerationRequest, Prompt
 
@@ -106,6 +107,18 @@ class _Exchange:
         metrics.TOKENS.labels(self._endpoint).inc(tokens)
         if self._ttft_s is not None:
             metrics.TTFT_S.labels(self._endpoint).observe(self._ttft_s)
+        self._gateway.recent.add(
+            EndedRequest.of(
+                self._choices,
+                request_id=self.request_id,
+                endpoint=self._endpoint,
+                tenant=self._tenant,
+                status=self.status,
+                ended_s=time.monotonic(),
+                duration_s=duration_s,
+                ttft_s=self._ttft_s,
+            )
+        )
         log.info(
             "request",
             endpoint=self._endpoint,
@@ -127,6 +140,7 @@ class _Exchange:
                 request.choice_id(index, self.request_id),
                 echo=echoes[index // request.n],
                 text_offset=len(echoes[index // request.n]),
+                prompt_token_ids=prompts[index // request.n].token_ids or (),
             )
             for index in range(request.choices)
         ]
@@ -149,7 +163,9 @@ class _Exchange:
     def _sender(self, request: GenerationRequest, answer: Answer) -> Put:
         async def put(index: int, chunk: Chunk) -> None:
             # Looked up before the answer starts, so that a failure still has an HTTP status.
-            logprobs = await self._logprobs(request, index, chunk) if chunk.logprobs else None
+            logprobs = await self._logprobs(request, index, chunk)
+            if request.echo_only:
+                chunk.text = ""
             event = answer.event(index, chunk, logprobs)
             if not self._reply.started:
                 self._note_first_output()
@@ -163,7 +179,9 @@ class _Exchange:
     def _keeper(self, request: GenerationRequest, answer: Answer) -> Put:
         async def put(index: int, chunk: Chunk) -> None:
             self._note_first_output()
-            answer.keep(index, chunk, await self._logprobs(request, index, chunk) if chunk.logprobs else None)
+            if request.echo_only:
+                chunk.text = ""
+            answer.keep(index, chunk, await self._logprobs(request, index, chunk))
 
         return put
 
@@ -171,16 +189,21 @@ class _Exchange:
         if self._ttft_s is None:
             self._ttft_s = time.monotonic() - self._began_s
 
-    async def _logprobs(self, request: GenerationRequest, index: int, chunk: Chunk) -> dict[str, Any]:
-        texts: Mapping[int, str] = IdNames()
-        if not request.tokens_as_ids:
-            texts = await self._gateway.token_texts.lookup(request.model, mentioned_ids(chunk.logprobs))
-        if request.kind == "chat":
-            return chat_logprobs(chunk.logprobs, texts)
+    async def _logprobs(self, request: GenerationRequest, index: int, chunk: Chunk) -> dict[str, Any] | None:
+        if not chunk.logprobs:
+            return None
+        tokens = await self._gateway.token_bytes.lookup(request.model, mentioned_ids(chunk.logprobs))
         choice = self._choices[index]
-        offset = choice.text_offset
-        choice.text_offset += text_length(chunk.logprobs, texts)
-        return text_logprobs(chunk.logprobs, texts, offset)
+        name = id_name if request.tokens_as_ids else choice.speller.name_in(tokens)
+        parts = []
+        for position in chunk.logprobs:
+            if request.kind == "chat":
+                parts.append(chat_logprobs(position, name))
+            else:
+                parts.append(text_logprobs(position, name, choice.text_offset))
+                choice.text_offset += len(name(position.sampled.token_id))
+            choice.speller.advance(tokens[position.sampled.token_id])
+        return joined(parts)
 
     def _stream(self, request: GenerationRequest, index: int, prompt: Prompt) -> AsyncGenerator[Chunk]:
         options = request.choice_options(index, self.request_id)
@@ -191,13 +214,20 @@ class _Exchange:
         return self._gateway.routers.next_session().stream(prompt.text, **options)
 
     async def _ready_prompt(self, request: GenerationRequest, prompt: Prompt) -> Prompt:
-        if prompt.text is None or request.add_special_tokens:
+        wanted = request.return_token_ids or (prompt.text is not None and not request.add_special_tokens)
+        if prompt.token_ids is not None or not wanted:
             return prompt
-        ids = await self._gateway.routers.any.tokenize(prompt.text, model=request.model, skip_special_tokens=True)
+        ids = await self._gateway.routers.any.tokenize(
+            prompt.text,
+            messages=prompt.messages,
+            model=request.model,
+            skip_special_tokens=not request.add_special_tokens,
+            continue_final_message=request.options.get("continue_final_message", False),
+        )
         return Prompt(token_ids=ids)
 
     async def _echo(self, request: GenerationRequest, prompt: Prompt) -> str:
-        if not request.echo:
+        if not request.echo or request.return_token_ids:
             return ""
         if prompt.text is not None:
             return prompt.text

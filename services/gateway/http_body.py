@@ -1,5 +1,6 @@
 """Reading a body of bounded size."""
 
+import re
 from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect
@@ -7,11 +8,13 @@ from starlette.types import Receive
 
 from services.gateway.problems import BodyTooLarge
 
+_LENGTH = re.compile("[0-9]{1,18}")
+
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limit_bytes: int) -> bytes:
     """Return the body. Raises BodyTooLarge as soon as that is known, ClientDisconnect when the client leaves."""
     declared = headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit_bytes:
+    if _LENGTH.fullmatch(declared) and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes)
     parts: list[bytes] = []
     size_bytes = 0

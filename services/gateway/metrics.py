@@ -1,5 +1,7 @@
 """The gateway's metrics. Times are in seconds, measured at the gateway."""
 
+from typing import Any
+
 from prometheus_client import Counter, Gauge, Histogram
 
 REQUESTS = Counter(
@@ -25,3 +27,19 @@ DURATION_S = Histogram(
 RUNNING = Gauge("vllm:num_requests_running", "Requests resident in the engines of all workers", ["model_name"])
 WAITING = Gauge("vllm:num_requests_waiting", "Requests waiting in the engines of all workers", ["model_name"])
 ROUTER_UP = Gauge("ascendra_gateway_router_up", "Whether a router answers", ["router"])
+
+
+def totals() -> dict[str, Any]:
+    """Return what this process has answered: requests by status, and tokens."""
+    requests: dict[str, int] = {}
+    for sample in _samples(REQUESTS, "ascendra_gateway_requests_total"):
+        status = sample.labels["status"]
+        requests[status] = requests.get(status, 0) + int(sample.value)
+    return {
+        "requests": requests,
+        "tokens": int(sum(s.value for s in _samples(TOKENS, "ascendra_gateway_tokens_total"))),
+    }
+
+
+def _samples(counter: Counter, name: str) -> list[Any]:
+    return [sample for family in counter.collect() for sample in family.samples if sample.name == name]

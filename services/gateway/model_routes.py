@@ -12,7 +12,7 @@ from services.gateway.fields import Fields, parse_object
 from services.gateway.gateway import Gateway
 from services.gateway.http_body import read_body
 from services.gateway.problems import ApiError, BadRequest
-from services.gateway.requests import parse_messages
+from services.gateway.requests import continues_final, parse_messages
 
 
 def model_routes(gateway: Gateway) -> list[Route]:
@@ -28,27 +28,28 @@ def model_routes(gateway: Gateway) -> list[Route]:
 
     async def tokenize(request: Request) -> Response:
         body = await _body(gateway, request)
-        name = body.text("model") or ""
+        name, text, messages = body.text("model") or "", body.text("prompt"), None
         if body.get("messages") is not None:
-            if body.flag("continue_final_message") or not body.flag("add_generation_prompt", True):
-                raise BadRequest("continue_final_message", "is not supported here")
             messages = parse_messages(body.get("messages"))
-            ids = await gateway.routers.any.tokenize(messages=messages, model=name)
-        else:
-            text = body.text("prompt")
-            if text is None:
-                raise BadRequest("prompt", "give prompt or messages")
-            skip = not body.flag("add_special_tokens", True)
-            ids = await gateway.routers.any.tokenize(text, model=name, skip_special_tokens=skip)
+        elif text is None:
+            raise BadRequest("prompt", "give prompt or messages")
+        with_texts = body.flag("return_token_strs")
+        ids = await gateway.routers.any.tokenize(
+            text,
+            messages=messages,
+            model=name,
+            skip_special_tokens=not body.flag("add_special_tokens", True),
+            continue_final_message=continues_final(body),
+        )
         answer: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": (await _find(gateway, name)).max_model_len,
             "tokens": ids,
             "token_strs": None,
         }
-        if body.flag("return_token_strs"):
-            texts = await gateway.token_texts.lookup(name, ids)
-            answer["token_strs"] = [texts[token_id] for token_id in ids]
+        if with_texts:
+            tokens = await gateway.token_bytes.lookup(name, ids)
+            answer["token_strs"] = [tokens[token_id].decode("utf-8", "replace") for token_id in ids]
         return as_json(answer)
 
     async def detokenize(request: Request) -> Response:

@@ -40,11 +40,14 @@ class GenerationRequest:
     continuous_usage: bool = False
     echo: bool = False
     """Put the prompt before the completion."""
+    echo_only: bool = False
+    """Return the prompt alone: one token is generated and not shown."""
     add_special_tokens: bool = True
     """Let the tokenizer add its special tokens to a text prompt."""
     tokens_as_ids: bool = False
     """Name tokens "token_id:N" in log-probabilities."""
     return_token_ids: bool = False
+    """Return the ids of prompt and completion; an echo then leaves the prompt's text out."""
 
     @property
     def choices(self) -> int:
@@ -73,10 +76,11 @@ class GenerationRequest:
 
 def parse_completion(body: Fields, headers: Mapping[str, str], config: GatewayConfig) -> GenerationRequest:
     """Return the request of a body of /v1/completions. Raises BadRequest."""
-    max_tokens = body.integer("max_tokens")
+    max_tokens, echo = body.integer("max_tokens"), body.flag("echo")
+    echo_only = echo and max_tokens == 0
     sampling = sampling_of(
         body,
-        max_tokens=config.completion_max_tokens if max_tokens is None else max_tokens,
+        max_tokens=config.completion_max_tokens if max_tokens is None else 1 if echo_only else max_tokens,
         logprobs=body.integer("logprobs"),
     )
     return _parse(
@@ -86,21 +90,23 @@ def parse_completion(body: Fields, headers: Mapping[str, str], config: GatewayCo
         kind="text",
         prompts=_prompts(body.get("prompt")),
         sampling=sampling,
-        echo=body.flag("echo"),
+        echo=echo,
+        echo_only=echo_only,
         add_special_tokens=body.flag("add_special_tokens", True),
     )
 
 
 def parse_chat(body: Fields, headers: Mapping[str, str], config: GatewayConfig) -> GenerationRequest:
     """Return the request of a body of /v1/chat/completions. Raises BadRequest."""
-    logprobs = (body.integer("top_logprobs") or 0) if body.flag("logprobs") else None
+    top_logprobs = body.integer("top_logprobs") or 0
+    logprobs = top_logprobs if body.flag("logprobs") else None
+    if top_logprobs and logprobs is None:
+        raise BadRequest("top_logprobs", "is only allowed with logprobs")
     max_tokens = body.integer("max_completion_tokens")
     sampling = sampling_of(
         body, max_tokens=body.integer("max_tokens") if max_tokens is None else max_tokens, logprobs=logprobs
     )
-    continue_final = body.flag("continue_final_message")
-    if body.flag("add_generation_prompt", True) == continue_final and "add_generation_prompt" in body.values:
-        raise BadRequest("add_generation_prompt", "must be the opposite of continue_final_message")
+    continue_final = continues_final(body)
     if body.flag("echo"):
         raise BadRequest("echo", "is not supported here")
     request = _parse(
@@ -114,6 +120,14 @@ def parse_chat(body: Fields, headers: Mapping[str, str], config: GatewayConfig) 
     if continue_final:
         request.options["continue_final_message"] = True
     return request
+
+
+def continues_final(body: Fields) -> bool:
+    """Return whether the model goes on with the last message. Raises BadRequest."""
+    continue_final = body.flag("continue_final_message")
+    if body.flag("add_generation_prompt", True) == continue_final and "add_generation_prompt" in body.values:
+        raise BadRequest("add_generation_prompt", "must be the opposite of continue_final_message")
+    return continue_final
 
 
 def parse_messages(given: Any) -> list[Message]:
@@ -177,6 +191,7 @@ def _parse(
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     echo: bool = False,
+    echo_only: bool = False,
     add_special_tokens: bool = True,
 ) -> GenerationRequest:
     refuse_unsupported(body)
@@ -202,6 +217,7 @@ def _parse(
         include_usage=stream_options.flag("include_usage"),
         continuous_usage=continuous_usage,
         echo=echo,
+        echo_only=echo_only,
         add_special_tokens=add_special_tokens,
         tokens_as_ids=body.flag("return_tokens_as_token_ids"),
         return_token_ids=body.flag("return_token_ids"),

@@ -13,12 +13,14 @@ from services.gateway import metrics
 from services.gateway.cluster_view import Snapshot, as_plain
 from services.gateway.gateway import Gateway
 from services.gateway.model_routes import as_json
+from services.gateway.openapi import openapi
 
 CONSOLE = Path(__file__).with_name("console.html")
 
 
 def status_routes(gateway: Gateway) -> list[Route]:
     """Return the routes."""
+    document = openapi(gateway.config)
 
     async def health(_: Request) -> Response:
         if gateway.draining:
@@ -34,18 +36,29 @@ def status_routes(gateway: Gateway) -> list[Route]:
     async def show_version(_: Request) -> Response:
         return as_json({"version": __version__})
 
+    async def show_openapi(_: Request) -> Response:
+        return as_json(document)
+
     async def show_metrics(_: Request) -> Response:
         _set_cluster_metrics(await gateway.view.snapshot())
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     async def console(_: Request) -> Response:
-        policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+        policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+        policy += "; frame-ancestors 'none'"
         return FileResponse(CONSOLE, media_type="text/html", headers={"content-security-policy": policy})
 
     async def console_status(request: Request) -> Response:
-        gateway.keys.tenant_of(request.headers)
-        target = gateway.config.attainment_target
-        return as_json({"attainment_target": target, **(await gateway.view.snapshot()).as_json()})
+        tenant = gateway.keys.tenant_of(request.headers)
+        snapshot = await gateway.view.snapshot()
+        return as_json(
+            {
+                "attainment_target": gateway.config.attainment_target,
+                "gateway": {"version": __version__, "in_flight": gateway.in_flight, **metrics.totals()},
+                **snapshot.as_json(),
+                "recent": gateway.recent.as_json(tenant),
+            }
+        )
 
     async def console_explain(request: Request) -> Response:
         gateway.keys.tenant_of(request.headers)
@@ -56,6 +69,7 @@ def status_routes(gateway: Gateway) -> list[Route]:
         *(Route(path, health) for path in ("/health", "/healthz", "/readyz")),
         *(Route(path, live) for path in ("/live", "/livez")),
         Route("/version", show_version),
+        Route("/openapi.json", show_openapi),
         Route("/metrics", show_metrics),
         Route("/", console),
         Route("/console/status", console_status),

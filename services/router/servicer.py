@@ -99,7 +99,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if len(request.token_ids) > _MAX_DETOKENIZE:
             raise InvalidArgument(f"token_ids must hold at most {_MAX_DETOKENIZE}, got {len(request.token_ids)}")
         text = await asyncio.to_thread(self._codec.decode, request.token_ids)
-        return inference_pb2.DetokenizeResponse(text=text)
+        pieces = []
+        if request.separately:
+            pieces = await asyncio.to_thread(lambda: [self._codec.token_bytes(one) for one in request.token_ids])
+        return inference_pb2.DetokenizeResponse(text=text, token_bytes=pieces)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

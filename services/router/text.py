@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from services.common.errors import ResourceExhausted
 from services.router.chat_template import ChatTemplate, Message
 
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"
 
 
 class IncrementalDecoder(Protocol):
@@ -229,6 +232,7 @@ class TextCodec:
         self.max_model_len = int(model.get("max_position_embeddings") or 0)
         """Context length that the model's configuration states; 0: not stated."""
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._added = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
         self._table = ByteTable(self._tokenizer) if _is_byte_level(self._tokenizer) else None
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._queue = queue
@@ -254,6 +258,19 @@ class TextCodec:
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of the ids, without special tokens."""
         return cast("str", self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what one token stands for by itself, a special one by its name; empty for an unknown id."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._added:
+            return self._added.get(token_id, "").encode()
+        if self._table is not None:
+            return self._table[token_id]
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        text = cast("str", self._tokenizer.decode([token_id], skip_special_tokens=False))
+        # Decoders drop the space at the start of a text, which this is not.
+        return f" {text}".encode() if token.startswith(_SPACE) and not text.startswith(" ") else text.encode()
 
     def decoder(self) -> IncrementalDecoder:
         """Return a decoder for one request."""

@@ -224,7 +224,9 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_gr
         self, request: inference_pb2.DetokenizeRequest, context: Any
     ) -> inference_pb2.DetokenizeResponse:
         """Return one character for each id."""
-        return inference_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+        characters = [chr(token_id) for token_id in request.token_ids]
+        pieces = [character.encode() for character in characters] if request.separately else []
+        return inference_pb2.DetokenizeResponse(text="".join(characters), token_bytes=pieces)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

@@ -11,6 +11,9 @@ _ALWAYS = {
 _CPU = {
     # Keeps the executor in the engine core's process on CPU: two processes a worker instead of three.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # vLLM compiles a few operators at their first use, log-probabilities among them: seconds in which every stream of
+    # the worker stands still, and the end of the engine where there is no C++ compiler.
+    "TORCH_COMPILE_DISABLE": "1",
     # More threads than cores to spare make every step wait for the slowest.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

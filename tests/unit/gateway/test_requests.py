@@ -142,7 +142,8 @@ def test_logprobs_of_both_shapes() -> None:
     """Chat asks with a flag and a number, completions with a number."""
     assert chat({"logprobs": True, "top_logprobs": 3}).sampling.logprobs == 3
     assert chat({"logprobs": True}).sampling.logprobs == 0
-    assert chat({"top_logprobs": 3}).sampling.logprobs is None
+    with pytest.raises(BadRequest, match="only allowed with logprobs"):
+        chat({"top_logprobs": 3})
     assert completion({"logprobs": 0}).sampling.logprobs == 0
     assert completion({}).sampling.logprobs is None
 
