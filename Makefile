@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check lint types fmt protos docs bench report clean
+.PHONY: help setup demo up test test-browser check lint types fmt protos docs bench report clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -34,6 +34,11 @@ TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
 test: setup ## Everything: lint, types, unit, component and cluster tests with real vLLM on CPU
 	$(MAKE) lint types
 	set -e; for part in $(PARTS); do echo "tests/$$part"; $(TEST) tests/$$part; done
+	@echo "Not run: tests/browser, the console in Chromium: make test-browser"
+
+test-browser: setup ## The console in headless Chromium, under load (apt-get install chromium chromium-driver)
+	@command -v chromium chromedriver || { echo "needs Chromium: apt-get install chromium chromium-driver"; exit 1; }
+	$(TEST) tests/browser
 
 check: setup ## Lint, types and fast tests, under a minute
 	$(MAKE) lint types
