@@ -25,6 +25,8 @@ class Processes:
         self._readers: list[asyncio.Task[None]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="ascendra-bench-")
         self.folder = Path(self._folder.name)
+        self.front_ends: dict[str, int] = {}
+        """Process ids of the workers' front ends, by worker id."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -50,6 +52,7 @@ class Processes:
         flags = [part for file in files for part in ("--worker", str(file))]
         process, events = await self._start("services.worker.fleet", flags, ready=len(configs))
         addresses = {str(event["worker_id"]): str(event["address"]) for event in events}
+        self.front_ends |= {str(event["worker_id"]): int(event["pid"]) for event in events}
         pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         return [addresses[str(config["worker-id"])] for config in configs], pids
 

@@ -23,7 +23,7 @@ def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
 
     "cpu" and "cpu-async" run the tiny model under our policies; "emulated" does so on A100 step times;
     "emulated-stock" is plain vLLM scheduling; "emulated-slots" has two slots, and
-    "emulated-priority" too, under vLLM's own priorities; "leaver" is stopped by one test;
+    "emulated-priority" too, under vLLM's own priorities; "leaver" is stopped by one test, "kv-source" is killed;
     "mortal" may be killed and drained, and comes back; it reports to predictor.sock and registers at router.sock,
     where a test may listen.
     """
@@ -41,6 +41,7 @@ def _session_workers(tiny_model: Path, directory: Path) -> dict[str, dict[str, A
     return {
         "cpu": cpu_worker(tiny_model, role="low"),
         "cpu-async": cpu_worker(tiny_model, async_scheduling="on"),
+        "kv-source": cpu_worker(tiny_model, kv_lease_s=6),
         "emulated": emulated_worker(),
         "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
         "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),

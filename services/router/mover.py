@@ -80,6 +80,11 @@ class Mover:
         self._reads: dict[tuple[str, int], _Transfer] = {}
         self._pairs: dict[tuple[str, str], _Pair] = {}
 
+    @property
+    def busy(self) -> bool:
+        """A move with a KV cache is under way."""
+        return bool(self._exports or self._reads)
+
     # What may be called.
 
     def move(self, request: LiveRequest, why: str, target: WorkerLink | None = None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ascendra import AsyncClient, Chunk, Finished, SamplingParams, Session, Slo
+from ascendra import AsyncClient, Attempt, Chunk, Finished, SamplingParams, Session, Slo
 from tests.support.cluster import until
 
 Source = AsyncClient | Session
@@ -46,11 +46,15 @@ class Recording:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Set at the first token."""
 
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Return where it was placed, in order."""
+        assert self.finished is not None
+        return self.finished.receipt.attempts
+
     @property
     def workers(self) -> list[str]:
         """Workers that it was placed on, in order."""
-        assert self.finished is not None
-        return [attempt.worker_id for attempt in self.finished.receipt.attempts]
+        return [attempt.worker_id for attempt in self.attempts()]
 
     @property
     def moved_running(self) -> bool:

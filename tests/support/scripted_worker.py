@@ -36,6 +36,9 @@ class ScriptedWorker:
         ignore_cancel: Cancel is not acknowledged.
         top_logprobs: every token comes with so many log-probabilities.
         refuse: answer every Submit with RequestFailed of this (code, message, reason).
+        ignore_export: ExportKv is not answered.
+        refuse_export: answer every ExportKv with this reason.
+        kv_read: what becomes of a Submit with a KV handle: "ok", "failed" (reported, then computed) or "stuck".
     """
 
     def __init__(self, worker_id: str = "w1", *, role: Role = Role.UNIFIED, **welcome: Any) -> None:
@@ -66,6 +69,11 @@ class ScriptedWorker:
         self.ignore_cancel = False
         self.top_logprobs = 0
         self.refuse: tuple[int, str, str] | None = None
+        self.ignore_export = False
+        self.refuse_export = ""
+        self.kv_read = "ok"
+        self.exported: list[int] = []
+        self.released: list[int] = []
         self.submitted: list[worker_pb2.Submit] = []
         self.cancelled: list[int] = []
         self.withdrawn: list[int] = []
@@ -157,6 +165,10 @@ class ScriptedWorker:
                     self._cancel(list(request.cancel.handles))
                 case "withdraw":
                     self._withdraw(request.withdraw)
+                case "export_kv":
+                    self._export(request.export_kv)
+                case "release_kv":
+                    self.released += request.release_kv.handles
                 case "ping":
                     self.send(worker_pb2.AttachResponse(pong=worker_pb2.Pong(ping_id=request.ping.ping_id)))
                 case "set_role":
@@ -172,7 +184,21 @@ class ScriptedWorker:
             failed = worker_pb2.RequestFailed(handle=submit.handle, code=code, message=message, reason=reason)
             self.send(worker_pb2.AttachResponse(failed=failed))
             return
+        if submit.kv_handle and self.kv_read == "stuck":
+            return
+        if submit.kv_handle and self.kv_read == "failed":
+            self.send_step(kv_failed_handles=[submit.handle])
         self._live[submit.handle] = (submit, submit.generated_tokens)
+
+    def _export(self, asked: worker_pb2.ExportKv) -> None:
+        if self.ignore_export:
+            return
+        answer = worker_pb2.KvExported(export_id=asked.export_id, handle=asked.handle, refused=self.refuse_export)
+        if not self.refuse_export:
+            _, answer.next_offset = self._live.pop(asked.handle)
+            answer.kv_handle = f"kv of {asked.handle}".encode()
+            self.exported.append(asked.handle)
+        self.send(worker_pb2.AttachResponse(kv_exported=answer))
 
     def _cancel(self, handles: list[int]) -> None:
         self.cancelled += handles

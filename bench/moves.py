@@ -1,0 +1,286 @@
+"""python -m bench.moves: the time to the next token of a moved stream, by KV cache and by replay, in interleaved runs.
+
+Starts real vLLM workers on CPU and, in this process, a router. Each run starts a stream on one worker, moves it to
+another one when its context has the given length, and measures from the decision to the first token of the new
+attempt. Prompts are random, so no prefix cache helps. The last runs kill the source with SIGKILL when it has handed
+the stream over and before the target has read anything: `met`, when the two had moved a stream before, and `unmet`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ascendra import AsyncClient, SamplingParams
+from bench.options import provenance
+from bench.processes import Processes
+from services.policy.kv_move import MoveChoice, MoveMethod
+from services.router.app import Router
+from services.router.config import RouterConfig
+from services.router.request import LiveRequest
+
+TOKENS_BEFORE, TOKENS_AFTER = 8, 12
+"""Tokens of a stream before and after its move."""
+VOCABULARY = range(300, 4000)
+"""Ordinary tokens of the demo model."""
+KINDS = (MoveMethod.REPLAY, MoveMethod.KV)
+_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One move."""
+
+    method: str
+    """"kv", "replay", or, with the source killed in the midst, "killed (met)" or "killed (unmet)"."""
+    next_token_s: float
+    """From the decision to the first token of the new attempt."""
+    moved_by: str
+    """What the receipt says: a transfer may have failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model directory and its size."""
+
+    name: str
+    directory: Path
+    parameters: int
+
+
+def random_model(base: Path, directory: Path) -> Model:
+    """Write a random Llama of about 50M parameters with the tokenizer of `base`; each head has its own KV head."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    shutil.copytree(base, directory)
+    (directory / "model.safetensors").unlink()
+    config = AutoConfig.from_pretrained(base)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 640, 1720, 9
+    config.num_attention_heads = config.num_key_value_heads = 10
+    config.head_dim = 64
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(str(directory))
+    return Model("random-50m", directory, model.num_parameters())
+
+
+def given_model(directory: Path) -> Model:
+    """Return a model that exists; its tensors say how large it is."""
+    from safetensors import safe_open
+
+    with safe_open(str(directory / "model.safetensors"), "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no mapping
+    sizes = [int(torch_size(shape)) for shape in shapes]
+    return Model(directory.name, directory, sum(sizes))
+
+
+def torch_size(shape: Sequence[int]) -> int:
+    """Return the number of elements."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+@contextlib.asynccontextmanager
+async def routed(model: Model, source: str, target: str) -> AsyncIterator[tuple[Router, AsyncClient]]:
+    """Run a router in front of two workers; the target is an HP worker, so that streams begin at the source."""
+    config = RouterConfig(
+        listen="127.0.0.1:0",
+        metrics_listen="",
+        model=str(model.directory),
+        workers=(source, target),
+        settle_s=0.0,
+        tickets=False,
+        offload=False,
+    )
+    router, stop = Router(config), asyncio.Event()
+    task = asyncio.create_task(router.run(stop))
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            await router.started.wait()
+            while sum(link.attached for link in router.pool.links()) < 2:  # noqa: ASYNC110 - links have no event for it
+                await asyncio.sleep(0.02)
+        async with AsyncClient(router.address) as client:
+            yield router, client
+    finally:
+        stop.set()
+        await task
+
+
+class Stream:
+    """One stream from its first token through its move."""
+
+    def __init__(self, router: Router, client: AsyncClient, context_tokens: int, seed: int) -> None:
+        rng = random.Random(seed)
+        self._router = router
+        self._client = client
+        self._prompt = rng.choices(VOCABULARY, k=context_tokens - TOKENS_BEFORE)
+        self._arrived_s: list[float] = []
+        self._progress = asyncio.Event()
+
+    async def move(self, method: MoveMethod, kill: Sequence[int] = ()) -> tuple[float, str]:
+        """Run it, move it, and return seconds to the next token and how it moved.
+
+        Args:
+            kill: processes that end when the source has handed the stream over.
+        """
+        follow = asyncio.create_task(self._follow())
+        async with asyncio.timeout(_LIMIT_S):
+            while len(self._arrived_s) < TOKENS_BEFORE:
+                self._progress.clear()
+                await self._progress.wait()
+            request = next(iter(self._router.dispatcher.live.values()))
+            began_s = time.monotonic()
+            self._start(request, method)
+            if kill:
+                await _handed_over(request)
+                for pid in kill:
+                    os.kill(pid, signal.SIGKILL)
+            attempts = await follow
+        moved = attempts[-1]
+        return self._arrived_s[moved.first_token_offset] - began_s, moved.moved_by
+
+    def _start(self, request: LiveRequest, method: MoveMethod) -> None:
+        plan = self._router.mover.plan(request)
+        assert plan is not None, "the request cannot move"
+        # What the policy would choose does not matter here, but whether it could.
+        assert method is MoveMethod.REPLAY or plan.choice.kv_s > 0, plan.choice.reason
+        choice = MoveChoice(method, "the bench wants it", plan.choice.kv_s, plan.choice.replay_s)
+        self._router.mover.start(replace(plan, choice=choice), "bench")
+
+    async def _follow(self) -> Sequence[Any]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS_BEFORE + TOKENS_AFTER, ignore_eos=True)
+        async for chunk in self._client.stream(token_ids=self._prompt, sampling=sampling):
+            self._arrived_s += [time.monotonic()] * len(chunk.token_ids)
+            self._progress.set()
+            if chunk.finished is not None:
+                return chunk.finished.receipt.attempts
+        raise RuntimeError("the stream ended without a last message")
+
+
+async def _handed_over(request: LiveRequest) -> None:
+    """Return when the router has the handle and has not sent it to the target yet."""
+    while len(request.attempts) < 2:  # noqa: ASYNC110 - an event would come too late by one turn of the loop
+        await asyncio.sleep(0)
+
+
+async def measure(model: Model, context_tokens: int, repetitions: int, deaths: int) -> tuple[list[Run], int]:
+    """Return the runs, interleaved, and the KV bytes per token."""
+    seeds = itertools.count(1)
+    runs: list[Run] = []
+    sources = [f"source-{index}" for index in range(1 + 2 * deaths)]
+    async with Processes() as processes:
+        addresses, _ = await processes.start_workers([worker(model, name) for name in ("target", *sources)])
+        target, *others = addresses
+        async with routed(model, others[0], target) as (router, client):
+            for kind in KINDS:  # the first ones pay for what is done once
+                await Stream(router, client, context_tokens, next(seeds)).move(kind)
+            for _ in range(repetitions):
+                for kind in KINDS:
+                    took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(kind)
+                    runs.append(Run(kind.value, took_s, moved_by))
+            bytes_per_token = next(link.known.kv_transfer.bytes_per_token for link in router.pool.links())
+        for index, (name, address) in enumerate(zip(sources[1:], others[1:], strict=True)):
+            async with routed(model, address, target) as (router, client):
+                met = index % 2 == 0
+                if met:
+                    await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV)
+                kill = processes_of(processes.front_ends[name])
+                took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV, kill)
+                runs.append(Run(f"killed ({'met' if met else 'unmet'})", took_s, moved_by))
+    return runs, bytes_per_token
+
+
+def processes_of(front_end: int) -> list[int]:
+    """Return a worker's process ids, engine core first."""
+    return [*(child.pid for child in psutil.Process(front_end).children(recursive=True)), front_end]
+
+
+def worker(model: Model, name: str) -> dict[str, object]:
+    """A CPU worker with a KV cache of a few streams."""
+    return {
+        "listen": "127.0.0.1:0",
+        "worker-id": name,
+        "engine": "cpu",
+        "role": "high" if name == "target" else "unified",
+        "model": str(model.directory),
+        "max-model-len": 2048,
+        "max-num-seqs": 8,
+        "kv-cache-memory-bytes": 256 << 20,
+        "dtype": "float32",
+    }
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return medians, and the ratios that matter."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    medians_s = {m: statistics.median(run.next_token_s for run in runs if run.method == m) for m in methods}
+    replay_s = medians_s[MoveMethod.REPLAY]
+    return {
+        "median_next_token_s": {method: round(value, 4) for method, value in medians_s.items()},
+        "replay_over_kv": round(replay_s / medians_s[MoveMethod.KV], 2),
+        "worst_killed_minus_replay_s": round(
+            max((run.next_token_s - replay_s for run in runs if run.method.startswith("killed")), default=0.0), 3
+        ),
+    }
+
+
+def models(arguments: argparse.Namespace, folder: Path) -> Iterator[Model]:
+    """Yield what is measured: the given model, and a random one of 50M parameters."""
+    yield given_model(arguments.model)
+    if not arguments.small_only:
+        yield random_model(arguments.model, folder / "random-50m")
+
+
+def main() -> int:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m bench.moves", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the demo model (python -m demo.build_model)")
+    parser.add_argument("--context", type=int, default=1000, help="tokens when a stream moves (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=10, help="moves of each kind (default: %(default)s)")
+    parser.add_argument("--deaths", type=int, default=2, help="sources killed, met and unmet (default: %(default)s)")
+    parser.add_argument("--small-only", action="store_true", help="leave the model of 50M parameters out")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="ascendra-bench-") as folder:
+        for model in models(arguments, Path(folder)):
+            measured = measure(model, arguments.context, arguments.repetitions, arguments.deaths)
+            runs, bytes_per_token = asyncio.run(measured)
+            summary = summarise(runs)
+            results.append(
+                {
+                    "model": model.name,
+                    "parameters": model.parameters,
+                    "kv_bytes_per_token": bytes_per_token,
+                    "context_tokens": arguments.context,
+                    **summary,
+                    "runs": [asdict(run) for run in runs],
+                }
+            )
+            print(json.dumps({"model": model.name, "parameters": model.parameters, **summary}))
+    if arguments.out:
+        load = {"cpus": os.cpu_count(), "load_average": os.getloadavg()}
+        arguments.out.write_text(json.dumps({**provenance(arguments), **load, "results": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
