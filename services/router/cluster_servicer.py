@@ -88,7 +88,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def DrainWorker(
         self, request: cluster_pb2.DrainWorkerRequest, context: Any
     ) -> cluster_pb2.DrainWorkerResponse:
-        """Begin a drain; waiting requests leave the worker, running ones end there or move when it gives them up."""
+        """Begin a drain: waiting requests leave the worker, and running ones if their KV cache can go with them.
+
+        The others end there, or move when the worker gives them up.
+        """
         link = self._link(request.worker_id)
         link.instance.view.draining = True
         drain = worker_pb2.BeginDrain(timeout_ms=request.timeout_ms)

@@ -33,6 +33,8 @@ class Placed:
     withdrawing: bool = False
     moving: bool = False
     """Its worker was asked to hand it over with its KV cache."""
+    stays_until_s: float = 0.0
+    """Its worker drains, but its KV cache is not worth a transfer; judged again then."""
     by_kv: bool = False
     """It continues with a KV cache that is read from elsewhere."""
     delivered: bool = False

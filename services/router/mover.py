@@ -26,6 +26,7 @@ log = get_logger()
 
 _DRAINING_AT_ONCE = 8
 """Requests that leave a draining worker with their KV cache at the same time."""
+_JUDGED_AGAIN_S = 1.0
 _PAIR_REST_S = 10.0
 """A pair of workers between which a transfer failed is left alone this long; longer when it fails again."""
 
@@ -137,7 +138,7 @@ class Mover:
             now_s = time.monotonic()
             try:
                 self._expire(now_s)
-                self._drain()
+                self._drain(now_s)
             except Exception:
                 log.exception("moves_failed")  # what was not moved stays where it is until the next round
 
@@ -311,19 +312,23 @@ class Mover:
         self._failed(transfer, "timeout", why)
         self._replay(transfer.plan, f"{why}; by replay")
 
-    def _drain(self) -> None:
+    def _drain(self, now_s: float) -> None:
         """Let running requests leave workers that drain, if their KV cache goes with them; the others may end there."""
         for link in self._dispatcher.links():
             if not link.attached or not link.draining:
                 continue
-            leaving = sum(placed.moving for placed in link.placed.values())
+            room = _DRAINING_AT_ONCE - sum(placed.moving for placed in link.placed.values())
             for placed in list(link.placed.values()):
-                if leaving >= _DRAINING_AT_ONCE:
+                if room <= 0:
                     break
-                plan = self.plan(placed.request) if placed.delivered and not placed.moving else None
+                if not placed.delivered or placed.moving or now_s < placed.stays_until_s:
+                    continue
+                room -= 1
+                plan = self.plan(placed.request)
                 if plan is not None and plan.choice.method is MoveMethod.KV:
                     self.start(plan, "its worker drains")
-                    leaving += 1
+                else:
+                    placed.stays_until_s = now_s + _JUDGED_AGAIN_S
 
 
 def _loaded(request: LiveRequest) -> QueuedRequest:

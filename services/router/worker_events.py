@@ -115,6 +115,7 @@ class WorkerEvents:
 
     def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
         """Pass the answer on to who asked."""
+        self._mover.on_let_go(link, withdrawn.withdrawn_handles)
         self._rebalancer.on_withdrawn(link, withdrawn)
 
     def on_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:

@@ -320,9 +320,7 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         }
         options |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
         options["distributed_executor_backend"] = _resolve(_EXECUTOR)
-    if settings.kv_transfer is not None:
-        if settings.engine == "cpu":
-            provide_nixl()
+    if settings.kv_transfer is not None and _can_transfer_kv(settings.engine):
         options["kv_transfer_config"] = KVTransferConfig(**connector_config(settings.kv_transfer, settings.engine))
     if settings.stock_scheduler or not _scheduler_fits():
         log.warning("stock_priority_scheduling", vllm=vllm.__version__, asked_for=settings.stock_scheduler)
@@ -337,6 +335,20 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         # The CPU platform asks for spawn, which imports everything again; nothing here forbids fork.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     return config
+
+
+def _can_transfer_kv(engine: str) -> bool:
+    from services.worker.engine.core.compatibility import kv_transfer_mismatches
+
+    mismatches = kv_transfer_mismatches()
+    if engine == "cpu":
+        try:
+            provide_nixl()
+        except ImportError as error:
+            mismatches.append(f"NIXL does not load: {error}")
+    for mismatch in mismatches:
+        log.warning("kv_transfer_off", vllm=vllm.__version__, what=mismatch)
+    return not mismatches
 
 
 def _kv_transfer_info(settings: EngineSettings, described: dict[str, Any] | None) -> KvTransferInfo | None:

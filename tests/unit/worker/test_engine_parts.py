@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.worker.engine.core.compatibility import scheduler_mismatches
+from services.worker.engine.core.compatibility import kv_transfer_mismatches, scheduler_mismatches
 
 pytestmark = pytest.mark.engine
 
@@ -30,6 +30,11 @@ class OldScheduler:
 def test_the_installed_scheduler_is_the_one_we_extend() -> None:
     """vLLM's scheduler has the methods, parameters and attributes that our mixin relies on."""
     assert scheduler_mismatches() == []
+
+
+def test_the_nixl_connector_is_the_one_that_exports_were_written_for() -> None:
+    """The installed vLLM has what an export touches."""
+    assert kv_transfer_mismatches() == []
 
 
 def test_the_front_end_has_what_the_adapter_uses() -> None:

@@ -43,3 +43,22 @@ def scheduler_mismatches(scheduler: type[Any] | None = None) -> list[str]:
         if f"self.{name}" not in source
     ]
     return found
+
+
+def kv_transfer_mismatches() -> list[str]:
+    """Say what of the scheduler and of its NIXL connector is not as our exports of KV need it."""
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import NixlBaseConnectorScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+    except ImportError as error:
+        return [f"no NIXL connector: {error}"]
+    source = inspect.getsource(NixlBaseConnectorScheduler.__init__)
+    found = [
+        f"the NIXL connector has no attribute {name}"
+        for name in ("_reqs_in_batch", "_reqs_need_send")
+        if f"self.{name}" not in source
+    ]
+    free = getattr(Scheduler, "_free_request", None)
+    if free is None or list(inspect.signature(free).parameters)[:2] != ["self", "request"]:
+        found.append("Scheduler._free_request is missing or takes something else")
+    return found
