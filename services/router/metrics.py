@@ -24,7 +24,8 @@ CANCEL_TIMEOUTS = Counter("ascendra_router_cancel_timeouts", "Cancellations that
 WITHDRAW_TIMEOUTS = Counter("ascendra_router_withdraw_timeouts", "Withdrawals that no worker answered in time.")
 KV_MOVES = Counter(
     "ascendra_router_kv_moves",
-    "Moves by KV cache: read, failed (computed instead), timeout, refused by the source, lost with a worker, dropped.",
+    "Moves by KV cache: read, failed (computed instead), timeout, refused by the source, lost with a worker, dropped "
+    "(its request ended, or was placed elsewhere).",
     ["outcome"],
 )
 MOVE_SECONDS = Histogram(

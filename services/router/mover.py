@@ -27,6 +27,7 @@ log = get_logger()
 _DRAINING_AT_ONCE = 8
 """Requests that leave a draining worker with their KV cache at the same time."""
 _JUDGED_AGAIN_S = 1.0
+_MAX_PAIRS = 10_000
 _PAIR_REST_S = 10.0
 """A pair of workers between which a transfer failed is left alone this long; longer when it fails again."""
 
@@ -158,9 +159,8 @@ class Mover:
         here = not request.ended and found is not None and found[1] is placed
         if exported.refused:
             placed.moving = False
-            self._pair(link, plan.target).breaker.trial_lost()
+            self._undecided(transfer, "refused")
             if here:
-                metrics.KV_MOVES.labels(outcome="refused").inc()
                 self._dispatcher.note(request, "move_refused", exported.refused, link.worker_id)
             return
         if not here:
@@ -215,6 +215,8 @@ class Mover:
         for handle in handles:
             transfer = self._reads.pop((link.address, handle), None)
             if transfer is not None:
+                if not transfer.abandoned:
+                    self._undecided(transfer, "dropped")
                 transfer.plan.source.release_kv(transfer.plan.placed.handle)
 
     def on_lost(self, link: WorkerLink) -> None:
@@ -225,10 +227,9 @@ class Mover:
         for key in [key for key in self._exports if key[0] == link.address]:
             transfer = self._exports.pop(key)
             transfer.plan.target.instance.expect_no_more(transfer.plan.request.spec.request_id)
-            metrics.KV_MOVES.labels(outcome="lost").inc()
+            self._undecided(transfer, "lost")
         for key in [key for key in self._reads if key[0] == link.address]:
-            del self._reads[key]
-            metrics.KV_MOVES.labels(outcome="lost").inc()
+            self._undecided(self._reads.pop(key), "lost")
 
     # How it is done.
 
@@ -256,6 +257,8 @@ class Mover:
         key = (source.address, target.address)
         pair = self._pairs.get(key)
         if pair is None:
+            if len(self._pairs) >= _MAX_PAIRS:  # addresses of workers come and go
+                del self._pairs[next(iter(self._pairs))]
             pair = self._pairs[key] = _Pair(TransferTime(self._config.kv_move_policy))
         return pair
 
@@ -279,9 +282,13 @@ class Mover:
 
     def _drop(self, transfer: _Transfer, handle: int) -> None:
         """Free a KV cache that nobody was told of."""
-        metrics.KV_MOVES.labels(outcome="dropped").inc()
-        self._pair(transfer.plan.source, transfer.plan.target).breaker.trial_lost()
+        self._undecided(transfer, "dropped")
         transfer.plan.source.release_kv(handle)
+
+    def _undecided(self, transfer: _Transfer, outcome: str) -> None:
+        """Count a transfer that says nothing of the pair of workers."""
+        metrics.KV_MOVES.labels(outcome=outcome).inc()
+        self._pair(transfer.plan.source, transfer.plan.target).breaker.trial_lost()
 
     def _failed(self, transfer: _Transfer, outcome: str, why: str) -> None:
         plan = transfer.plan
@@ -308,6 +315,7 @@ class Mover:
     def _give_up(self, transfer: _Transfer, placed: Placed, why: str) -> None:
         found = self._dispatcher.where(transfer.plan.request)
         if transfer.plan.request.ended or found is None or found[1] is not placed:
+            self._undecided(transfer, "dropped")
             return
         self._failed(transfer, "timeout", why)
         self._replay(transfer.plan, f"{why}; by replay")
