@@ -41,6 +41,8 @@ _RECONNECT: Options = [
     # Despite its name the time that one attempt to connect may take: a handshake over a long way, or a busy peer.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A channel that is opened anew must not find the connection of the one it replaces, which may lead nowhere.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 _SERVER_LIMITS: Options = [

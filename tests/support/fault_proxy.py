@@ -36,6 +36,7 @@ class FaultProxy:
         self._path = target.removeprefix("unix:")
         self._open = asyncio.Event()
         self._open.set()
+        self._epoch = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -65,6 +66,10 @@ class FaultProxy:
     def heal(self) -> None:
         """Let everything through again."""
         self._open.set()
+
+    def forget(self) -> None:
+        """Drop what is on its way, and go on ignoring the present connections without telling anybody."""
+        self._epoch += 1
 
     def reset(self) -> None:
         """Break all connections with a TCP reset."""
@@ -109,12 +114,15 @@ class FaultProxy:
         await flying.put((time.monotonic() + self.latency_s, b""))
 
     async def _deliver(self, flying: "asyncio.Queue[tuple[float, bytes]]", writer: asyncio.StreamWriter) -> None:
+        epoch = self._epoch
         while True:
             due_s, data = await flying.get()
             await asyncio.sleep(max(due_s - time.monotonic(), 0))
             if self.bytes_per_s:
                 await asyncio.sleep(len(data) / self.bytes_per_s)
             await self._open.wait()
+            if epoch != self._epoch:
+                continue
             if not data:
                 raise ConnectionAbortedError("the other side has closed")
             writer.write(data)
