@@ -64,7 +64,7 @@ protos: setup ## Generate the gRPC code (committed; a test fails when it and pro
 	$(PY) -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/ascendra/v1/*.proto
 	$(PY) -m tools.reference
 
-docs: setup ## Generate docs/configuration.md and docs/protocol.md (committed; lint fails when they and the code differ)
+docs: setup ## Generate docs/{configuration,metrics,protocol}.md (committed; lint fails when they and the code differ)
 	$(PY) -m tools.reference
 
 bench: setup ## What the router adds per token (about ten minutes; wants a quiet machine)

@@ -8,7 +8,7 @@ COPY requirements requirements
 # Only what the project depends on: the sources come later, so that editing them keeps this layer.
 RUN python -m venv /venv --without-pip \
     && uv pip install --no-cache --compile-bytecode --python /venv/bin/python \
-       --constraints requirements/constraints.txt -r pyproject.toml --extra gateway
+       --constraints requirements/constraints.txt -r pyproject.toml --extra gateway --extra otel
 
 FROM python:3.11-slim
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

@@ -10,7 +10,7 @@ RUN python -m venv /venv --without-pip \
     && uv pip install --no-cache --compile-bytecode --python /venv/bin/python \
        --torch-backend cpu --overrides requirements/overrides.txt \
        --excludes requirements/excludes.txt --constraints requirements/constraints.txt \
-       -r pyproject.toml --extra worker-cpu
+       -r pyproject.toml --extra worker-cpu --extra otel
 
 FROM python:3.11-slim
 # hadolint ignore=DL3008

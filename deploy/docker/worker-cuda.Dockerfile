@@ -8,7 +8,7 @@ COPY requirements requirements
 # Without constraints.txt: that is the set tested on CPU, and CUDA vLLM pins some packages differently.
 RUN python -m venv /venv --without-pip \
     && uv pip install --no-cache --compile-bytecode --python /venv/bin/python \
-       -r pyproject.toml --extra worker-cuda --extra worker-ray
+       -r pyproject.toml --extra worker-cuda --extra worker-ray --extra otel
 
 FROM python:3.11-slim
 # Triton compiles its launchers with the C compiler at the first start.

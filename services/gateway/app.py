@@ -43,12 +43,11 @@ def build_app(gateway: Gateway) -> Starlette:
 async def serve(config: GatewayConfig, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain; return the exit status."""
     try:
-        keys = load_api_keys(config.api_keys_file)
+        gateway = Gateway(config, load_api_keys(config.api_keys_file))
         https = https_context(config.https_cert, config.https_key) if config.https_cert else None
     except (ConfigError, ValueError) as error:
         log.error("bad_configuration", problem=str(error))
         return 2
-    gateway = Gateway(config, keys)
     try:
         server = await start_http_server(
             config.listen,

@@ -19,6 +19,8 @@ class GatewayConfig:
     routers: tuple[str, ...] = option(("127.0.0.1:7100",), "gRPC addresses of the routers, host:port or unix:PATH")
     api_keys_file: str = option("", "YAML file of tenants and the SHA-256 of their keys; empty: no key is asked for")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log level written")
+    otlp_endpoint: str = option("", "URL that spans go to by OTLP/gRPC, http://host:4317 or https://...; empty: none")
+    trace_sample_ratio: float = option(1.0, "share of the traces begun here that are kept; others follow their caller")
 
     request_timeout_s: float = option(600.0, "time limit of a request, in seconds")
     status_timeout_s: float = option(2.0, "time limit of every question about the cluster or the tokenizer, in seconds")
@@ -36,6 +38,8 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if bool(self.https_cert) != bool(self.https_key):
             raise ValueError("https-cert and https-key belong together")
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise ValueError("trace-sample-ratio must be from 0 to 1")
         if not self.routers:
             raise ValueError("routers must name at least one router")
         for name in ("max_body_bytes", "max_in_flight", "max_choices", "completion_max_tokens", "keep_alive_s"):

@@ -1,11 +1,14 @@
 """What the endpoints share: configuration, routers, keys, and the requests in progress."""
 
 import asyncio
+import os
+import socket
 from collections.abc import Coroutine
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from services.common.tracing import make_tracer
 from services.gateway import metrics
 from services.gateway.api_keys import ApiKeys
 from services.gateway.cluster_view import ClusterView
@@ -24,6 +27,8 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, keys: ApiKeys) -> None:
         self.config = config
+        instance_id = f"{socket.gethostname()}-{os.getpid()}"
+        self.tracer = make_tracer("gateway", instance_id, config.otlp_endpoint, config.trace_sample_ratio)
         self.keys = keys
         self.routers = Routers(
             config.routers,
@@ -82,6 +87,8 @@ class Gateway:
     async def close(self) -> None:
         """Close the connections to the routers."""
         await self.routers.close()
+        if self.tracer is not None:
+            await self.tracer.close()
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -13,7 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ascendra import Chunk
+from services.common import span_names
 from services.common.logging import get_logger
+from services.common.tracing import Span
 from services.gateway import metrics
 from services.gateway.answers import DONE, Answer, Choice, receipt_headers
 from services.gateway.config import GatewayConfig
@@ -25,6 +27,7 @@ from services.gateway.problems import ApiError, BadRequest, ShuttingDown, from_e
 from services.gateway.recent import EndedRequest
 from services.gateway.reply import Reply
 from services.gateway.requests import GenerationRequest, Prompt
+from services.gateway.tracing import end_exchange, say_request, start_exchange
 
 log = get_logger()
 
@@ -73,10 +76,13 @@ class _Exchange:
         self._ttft_s: float | None = None
         self._tenant = ""
         self._choices: Sequence[Choice] = ()
+        self._span: Span | None = None
 
     async def run(self, headers: Headers, receive: Receive, parse: Parse) -> None:
         """Answer the request. Raises ApiError, AscendraError or ClientDisconnect."""
         gateway = self._gateway
+        if gateway.tracer is not None:
+            self._span = start_exchange(gateway.tracer, self._endpoint, headers)
         if (request_id := headers.get("x-request-id")) is not None:
             if not _REQUEST_ID.fullmatch(request_id):
                 raise BadRequest("x-request-id", "must be 1 to 120 characters of A-Z a-z 0-9 . _ : -")
@@ -89,6 +95,9 @@ class _Exchange:
         request = parse(parse_object(body), headers, gateway.config)
         if tenant := self._tenant or headers.get("x-tenant-id"):
             request.options["tenant"] = tenant
+        if self._span is not None:
+            say_request(self._span, request, self.request_id)
+            request.options["traceparent"] = self._span.traceparent
         await gateway.serve_one(receive, self._answer(request))
 
     async def fail(self, problem: ApiError) -> None:
@@ -119,6 +128,8 @@ class _Exchange:
                 ttft_s=self._ttft_s,
             )
         )
+        if self._span is not None:
+            end_exchange(self._span, self.status, self._choices, self._ttft_s)
         log.info(
             "request",
             endpoint=self._endpoint,
@@ -188,6 +199,8 @@ class _Exchange:
     def _note_first_output(self) -> None:
         if self._ttft_s is None:
             self._ttft_s = time.monotonic() - self._began_s
+            if self._span is not None:
+                self._span.event(span_names.FIRST_TOKEN)
 
     async def _logprobs(self, request: GenerationRequest, index: int, chunk: Chunk) -> dict[str, Any] | None:
         if not chunk.logprobs:

@@ -37,6 +37,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         self._published = asyncio.Event()
         self._left_out: Counter[str] = Counter()
         self._closed = False
+        metrics.MODELS.rows = self._model_rows
 
     async def publish(self, interval_s: float) -> None:
         """Wake the watchers whenever something changed, at most once an interval; forget silent workers. Never ends."""
@@ -172,6 +173,15 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
         for index, (name, _) in enumerate(SLICE_LIMITS_S):
             judged = [accuracy for m in workers if (accuracy := m.calibration.accuracy(index)).samples]
             metrics.COVERAGE.labels(slice=name).set(_mean(accuracy.coverage_p90 for accuracy in judged))
+            metrics.BIAS.labels(slice=name).set(_mean(accuracy.bias for accuracy in judged))
+            metrics.JUDGED.labels(slice=name).set(sum(accuracy.samples for accuracy in judged))
+
+    def _model_rows(self) -> Iterable[metrics.ModelRow]:
+        now_s = time.monotonic()
+        for models in self._store:
+            steps = models.steps.accuracy()
+            demoted = models.confidence is Confidence.DEMOTED
+            yield metrics.ModelRow(models.worker_id, now_s - models.heard_s, demoted, steps.mape, steps.bias)
 
 
 def _mean(values: Iterable[float]) -> float:

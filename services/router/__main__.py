@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 
-from services.common.config import load_config
+from services.common.config import ConfigError, load_config
 from services.common.lifecycle import run_service
 from services.common.logging import configure_logging
 from services.router.config import RouterConfig
@@ -24,7 +24,7 @@ def main() -> int:
 
         try:
             router = Router(config)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ConfigError) as error:
             sys.stderr.write(f"router: {error}\n")
             return 2
         return await router.run(stop)

@@ -5,16 +5,18 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import grpc.aio
 
-from ascendra.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from ascendra.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
+from services.common.tracing import make_tracer
 from services.policy.late_binding import Committed
 from services.router import metrics
 from services.router.binder import Binder
@@ -39,6 +41,12 @@ from services.router.worker_link import LinkSettings, WorkerLink
 
 log = get_logger()
 
+_HEALTHS = {
+    "ready": cluster_pb2.WORKER_HEALTH_READY,
+    "connecting": cluster_pb2.WORKER_HEALTH_CONNECTING,
+    "tripped": cluster_pb2.WORKER_HEALTH_TRIPPED,
+    "draining": cluster_pb2.WORKER_HEALTH_DRAINING,
+}
 _MONITOR_S = 0.05
 _MODELS_PUBLISHED_S = 1.0
 _CLOSE_S = 2.0
@@ -48,7 +56,7 @@ class Router:
     """A router process."""
 
     def __init__(self, config: RouterConfig) -> None:
-        """Load the tokenizer and wire everything up; nothing runs yet. Raises FileNotFoundError."""
+        """Load the tokenizer and wire everything up; nothing runs yet. Raises FileNotFoundError, ConfigError."""
         self.config = config
         self.router_id = config.router_id or f"router-{socket.gethostname()}-{os.getpid()}"
         self.codec = TextCodec(Path(config.model), threads=config.encode_threads, queue=config.encode_queue)
@@ -69,12 +77,16 @@ class Router:
         self.relief = StreamRelief(self.dispatcher, self.mover)
         self.relays = Relays(config.sinks, self.router_id, tls)
         self._events = WorkerEvents(self.dispatcher, self.rebalancer, self.mover)
+        self._tracer = make_tracer("router", self.router_id, config.otlp_endpoint, config.trace_sample_ratio)
         self.closing = asyncio.Event()
         self.started = asyncio.Event()
         self.address = ""
         """Where clients reach it, once started."""
         metrics.WORKERS.rows = self._worker_rows
         metrics.HELD_BACKLOG.set_function(self._held_backlog_s)
+        metrics.WORKERS.healths = self._worker_healths
+        objectives_s = {name: (one.ttft_ms / 1000, one.tbt_ms / 1000) for name, one in config.slo_classes.items()}
+        metrics.configure(objectives_s, config.max_live_requests)
 
     def limits(self) -> Limits:
         """Return what the served model allows, by what its workers say."""
@@ -117,7 +129,9 @@ class Router:
         return 0
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
-        inference = InferenceServicer(self.config, self.codec, self.dispatcher, self.relays, self.limits, self.closing)
+        inference = InferenceServicer(
+            self.config, self.codec, self.dispatcher, self.relays, self.limits, self.closing, self._tracer
+        )
         cluster = ClusterServicer(self.router_id, self.pool, self.dispatcher, self.closing)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
@@ -196,6 +210,8 @@ class Router:
         await asyncio.gather(background, return_exceptions=True)
         if http is not None:
             await http.stop()
+        if self._tracer is not None:
+            await self._tracer.close()
         self.codec.close()
         await asyncio.to_thread(self.decision_log.close)
         log.info("stopped")
@@ -205,9 +221,19 @@ class Router:
         for link in self.pool.links():
             if link.attached:
                 instance, view = link.instance, self.dispatcher.view(link, now_s)
-                work_s, all_s = Committed.of(view, instance.budget).work_s, backlog_s(view, instance.budget)
-                queued, age_s = len(instance.queue), now_s - instance.last_message_s
-                yield link.worker_id, view.role.value, queued, work_s, all_s, age_s, instance.round_trip_s
+                yield metrics.WorkerRow(
+                    worker_id=link.worker_id,
+                    role=view.role.value,
+                    queued=len(instance.queue),
+                    waiting=max(instance.waiting, 0),
+                    running=instance.running,
+                    kv_usage=instance.kv_usage,
+                    committed_s=Committed.of(view, instance.budget).work_s,
+                    backlog_s=backlog_s(view, instance.budget),
+                    age_s=now_s - instance.last_message_s,
+                    model_age_s=self.predictions.age_s(link.worker_id, now_s),
+                    round_trip_s=instance.round_trip_s,
+                )
 
     def _held_backlog_s(self) -> float:
         tokens = self.binder.held_tokens() if self.binder is not None else 0
@@ -215,3 +241,7 @@ class Router:
         attached = [link for link in self.pool.links() if link.attached]
         views = [(self.dispatcher.view(link, now_s), link.instance.budget) for link in attached]
         return max((held_s(tokens, view, budget) for view, budget in views), default=0.0)
+
+    def _worker_healths(self) -> Mapping[str, int]:
+        healths = Counter(link.health() for link in self.pool.links())
+        return {name: healths[value] for name, value in _HEALTHS.items()}

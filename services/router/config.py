@@ -113,6 +113,8 @@ class RouterConfig:
     router_id: str = option("", "unique id of this process; empty: made from host and process id")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log level written")
     decision_log: str = option("", "file that receives every decision as a JSON line; empty: none")
+    otlp_endpoint: str = option("", "URL that spans go to by OTLP/gRPC, http://host:4317 or https://...; empty: none")
+    trace_sample_ratio: float = option(1.0, "share of the traces begun here that are kept; others follow their caller")
 
     max_live_requests: int = option(4096, "requests served at once; more are refused")
     max_text_bytes: int = option(1 << 20, "most bytes of text in one prompt")
@@ -169,6 +171,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_listener(self.listen, self.tls, self.insecure)
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise ValueError("trace-sample-ratio must be from 0 to 1")
         if "default" not in self.slo_classes:
             raise ValueError('slo-classes must have a class "default"')
         for name, tenant in self.tenants.items():

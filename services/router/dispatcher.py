@@ -18,6 +18,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.logging import get_logger
+from services.common.metrics import bounded
 from services.common.wire import ROLE_TO_PROTO
 from services.policy.admission import AdmissionAction, admit
 from services.policy.kv_move import MoveMethod
@@ -151,14 +152,14 @@ class Dispatcher:
         request.fail(state)
         self.stop_attempt(request)
         request.sink.failed(error)
-        self._close(request, error.reason.lower())
+        self._close(request, "refused" if state is State.REFUSED else error.reason.lower())
 
     def refuse(self, request: LiveRequest, why: str, retry_after_s: float) -> None:
         """End a request that was let in and asked to be refused in overload."""
         self.note(request, "refuse", why)
-        metrics.REFUSALS.labels(reason="OVERLOADED").inc()
         delay_ms = round(retry_after_s * 1000)
         error = ResourceExhausted(why, reason="OVERLOADED", retry_safe=True, retry_after_ms=delay_ms)
+        metrics.refused(error)
         self.fail(request, error, State.REFUSED)
 
     def fail_all(self, why: str) -> None:
@@ -290,6 +291,8 @@ class Dispatcher:
     def record(self, request: LiveRequest, record: DecisionRecord) -> None:
         """Remember, count and log a decision."""
         request.decide(record)
+        if request.trace is not None:
+            request.trace.decided(record)
         metrics.DECISIONS.labels(kind=record.kind).inc()
         self.counters[record.kind] += 1
         self._decision_log.write(request, record)
@@ -369,8 +372,6 @@ class Dispatcher:
 
     def _refusal(self, request: LiveRequest, message: str, reason: str, retry_after_ms: int) -> ResourceExhausted:
         request.fail(State.REFUSED)
-        metrics.REFUSALS.labels(reason=reason).inc()
-        metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome="refused").inc()
         self._archive(request, "refused")
         self._attained(request, served=False)
         return ResourceExhausted(message, reason=reason, retry_safe=True, retry_after_ms=retry_after_ms)
@@ -416,7 +417,7 @@ class Dispatcher:
         if request.ended:
             return
         request.moves += 1
-        request.fence()
+        request.fence(cause)
         outcome = "moved"
         if request.has_tokens and request.spec.pinned:
             outcome = "pinned"
@@ -466,7 +467,6 @@ class Dispatcher:
         if timer is not None:
             timer.cancel()
         metrics.LIVE.set(len(self.live))
-        metrics.REQUESTS.labels(slo_class=request.spec.slo_class, outcome=outcome).inc()
         if not self.live:
             self._idle.set()
         self._archive(request, outcome)
@@ -481,21 +481,21 @@ class Dispatcher:
         )
 
     def _archive(self, request: LiveRequest, outcome: str) -> None:
+        spec = request.spec
+        metrics.ended(spec.slo_class, bounded(spec.tenant, self.config.tenants), outcome)
         self._decision_log.write_end(request, outcome, time.monotonic())
-        self._explained[request.spec.request_id] = _explanation(request)
+        if request.trace is not None:
+            request.trace.ends(request, outcome)
+        self._explained[spec.request_id] = _explanation(request)
         while len(self._explained) > EXPLAINED_REQUESTS:
             self._explained.popitem(last=False)
 
     def _attained(self, request: LiveRequest, *, served: bool) -> None:
-        p99_gap_s, slo = request.p99_gap_s(), request.spec.slo
-        self.attainment.record(
-            request.spec.slo_class,
-            time.monotonic(),
-            request.ttft_s,
-            p99_gap_s,
-            ttft_met=served and request.ttft_s <= slo.ttft_s,
-            tbt_met=served and p99_gap_s <= slo.tbt_s,
-        )
+        ttft_s, p99_gap_s, slo = request.ttft_s, request.p99_gap_s(), request.spec.slo
+        ttft_met, tbt_met = served and ttft_s <= slo.ttft_s, served and p99_gap_s <= slo.tbt_s
+        slo_class = request.spec.slo_class
+        metrics.judged(slo_class, ttft_met=ttft_met, tbt_met=tbt_met)
+        self.attainment.record(slo_class, time.monotonic(), ttft_s, p99_gap_s, ttft_met=ttft_met, tbt_met=tbt_met)
 
 
 def _explanation(request: LiveRequest) -> cluster_pb2.ExplainResponse:

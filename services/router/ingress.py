@@ -8,6 +8,8 @@ import grpc
 
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, ServiceError
+from services.common.tracing import Tracer
+from services.router import metrics
 from services.router.config import RouterConfig
 from services.router.contract import move_contract
 from services.router.dispatcher import Dispatcher
@@ -16,6 +18,7 @@ from services.router.relay import Relays
 from services.router.request import LiveRequest, RequestSpec
 from services.router.resume import cursor, read_cursor, received_tokens, replay_text
 from services.router.text import TextCodec, TextStream
+from services.router.tracing import RequestTrace
 from services.router.validation import (
     Limits,
     check_ids,
@@ -53,8 +56,10 @@ class Ingress:
         dispatcher: Dispatcher,
         relays: Relays,
         limits: Callable[[], Limits],
+        tracer: Tracer | None = None,
     ) -> None:
         self._config = config
+        self._tracer = tracer
         self._codec = codec
         self._dispatcher = dispatcher
         self._relays = relays
@@ -68,6 +73,27 @@ class Ingress:
         Raises:
             ServiceError: it was refused; `sink` heard nothing.
         """
+        trace = None
+        traceparent = message.traceparent or call.metadata.get(_TRACEPARENT, "")
+        if self._tracer is not None:
+            trace = RequestTrace(self._tracer, message, self._limits().model_name, traceparent, arrival_s)
+        try:
+            return await self._admit(message, sink, arrival_s, call, traceparent, trace)
+        except ServiceError as error:
+            metrics.refused(error)
+            if trace is not None:
+                trace.refused(error)
+            raise
+
+    async def _admit(
+        self,
+        message: inference_pb2.GenerateRequest,
+        sink: Sink,
+        arrival_s: float,
+        call: CallInfo,
+        traceparent: str,
+        trace: RequestTrace | None,
+    ) -> LiveRequest:
         _apply_metadata(message, call.metadata)
         limits = self._limits()
         check_request(message, limits)
@@ -104,7 +130,7 @@ class Ingress:
             priority=message.priority,
             tenant=message.tenant,
             session_id=message.session_id,
-            traceparent=message.traceparent or call.metadata.get(_TRACEPARENT, ""),
+            traceparent=traceparent,
             timeout_s=_shortest(message.timeout_ms / 1000, call.timeout_s) or self._config.default_timeout_s,
             refuse_hopeless=refuse,
             contract=contract,
@@ -116,8 +142,9 @@ class Ingress:
             received_count = len(message.resume.token_ids) // 4
             sink = self._relays.mirror(message.sinks, request_id, received_count, sink)
         if message.HasField("resume"):
-            return self._resume(message.resume, spec, arrival_s, text, sink, limits)
+            return self._resume(message.resume, spec, arrival_s, text, sink, limits, trace)
         request = LiveRequest(spec, arrival_s, text, sink)
+        _follow(request, trace)
         self._dispatcher.start(request)
         sink.accepted(_accepted(spec))
         return request
@@ -126,10 +153,11 @@ class Ingress:
         kind = message.WhichOneof("prompt")
         if kind == "tokens":
             return message.tokens.token_ids
-        if kind == "text":
-            return await self._codec.encode(message.text)
-        messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
-        return await self._codec.encode_chat(messages, continue_final=message.chat.continue_final_message)
+        with metrics.TOKENIZE_SECONDS.time():
+            if kind == "text":
+                return await self._codec.encode(message.text)
+            messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
+            return await self._codec.encode_chat(messages, continue_final=message.chat.continue_final_message)
 
     def _resume(
         self,
@@ -139,6 +167,7 @@ class Ingress:
         text: TextStream | None,
         sink: Sink,
         limits: Limits,
+        trace: RequestTrace | None,
     ) -> LiveRequest:
         if spec.pinned:
             raise InvalidArgument(f"resume: the request is pinned: {spec.contract_reason}", reason="PINNED")
@@ -149,6 +178,7 @@ class Ingress:
             raise InvalidArgument(f"resume.token_ids hold {len(received)}, more than max_tokens {chosen.max_tokens}")
         unread = replay_text(text, received, resume.text_bytes) if text is not None else ""
         request = LiveRequest(spec, arrival_s, text, sink, received)
+        _follow(request, trace)
         reason = self._complete(request, received)
         if reason is None:
             self._dispatcher.start(request)
@@ -158,6 +188,8 @@ class Ingress:
         if reason is not None:
             last, finished = request.finish(reason)
             sink.finished(last, finished)
+            if trace is not None:
+                trace.ends(request, "finished")
         return request
 
     def _complete(self, request: LiveRequest, received: list[int]) -> "common_pb2.FinishReason | None":
@@ -170,6 +202,12 @@ class Ingress:
             if ended or received[-1] in sampling.stop_token_ids:
                 return common_pb2.FINISH_REASON_STOP
         return common_pb2.FINISH_REASON_LENGTH if len(received) >= sampling.max_tokens else None
+
+
+def _follow(request: LiveRequest, trace: RequestTrace | None) -> None:
+    if trace is not None:
+        request.trace = trace
+        trace.checked(request.spec, request.resumed_tokens)
 
 
 def _accepted(spec: RequestSpec) -> inference_pb2.Accepted:

@@ -1,24 +1,58 @@
-"""The router's metrics, `ascendra_router_*`; seconds and totals, label values bounded by configuration."""
+"""The router's metrics, `ascendra_router_*`; seconds and totals, label values bounded by configuration or by code."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-TBT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
+from services.common.errors import ServiceError
+from services.common.metrics import TBT_BUCKETS_S, TTFT_BUCKETS_S, ClassHistogram, bounded
+
+REASONS = {
+    "bad_cursor", "bad_handle", "cancelled", "class_not_allowed", "context_length", "deadline_exceeded", "draining",
+    "encode_queue", "engine_died", "engine_error", "finished", "internal", "invalid_argument", "kv_export",
+    "live_limit",
+    "no_chat_template", "no_worker", "not_found", "overloaded", "pinned", "queue_full", "refused",
+    "request_id_in_use", "resource_exhausted", "session_limit", "slow_reader", "text", "text_too_long", "timeout",
+    "too_many_moves", "unanswered", "unavailable", "unknown_class", "unknown_model", "unknown_sink", "worker_lost",
+}  # fmt: skip
+"""Outcomes and reasons that become label values; any other is counted as "other"."""
 
 REQUESTS = Counter("ascendra_router_requests", "Requests that ended.", ["slo_class", "outcome"])
-TTFT = Histogram(
-    "ascendra_router_ttft_seconds", "Arrival at the router to first token.", ["slo_class"], buckets=TTFT_BUCKETS_S
+TENANT_REQUESTS = Counter(
+    "ascendra_router_tenant_requests", "Requests that ended, by configured tenant.", ["tenant", "outcome"]
+)
+SLO_JUDGED = Counter(
+    "ascendra_router_slo_judged_requests",
+    "Requests judged by their objectives: all that ended but those cancelled.",
+    ["slo_class"],
+)
+SLO_MET = Counter(
+    "ascendra_router_slo_met_requests",
+    "Requests that were served and met an objective: ttft, tbt (p99 gap), or both (joint).",
+    ["slo_class", "objective"],
+)
+OBJECTIVES = Gauge("ascendra_router_slo_objective_seconds", "Objectives of a class.", ["slo_class", "objective"])
+TTFT = ClassHistogram("ascendra_router_ttft_seconds", "Arrival at the router to first token.", TTFT_BUCKETS_S)
+TBT = ClassHistogram("ascendra_router_tbt_seconds", "Gap between consecutive tokens of a request.", TBT_BUCKETS_S)
+QUEUE_WAIT = ClassHistogram(
+    "ascendra_router_queue_wait_seconds", "Arrival at the router to the start of the prefill.", TTFT_BUCKETS_S
 )
 TOKENS = Counter("ascendra_router_tokens", "Tokens delivered to streams.")
 DECISIONS = Counter(
-    "ascendra_router_decisions", "Decisions: place, offload, ticket, relegate, refuse, move, ...", ["kind"]
+    "ascendra_router_decisions",
+    "Decisions: place, offload, rescue, ticket, relegate, refuse, move and others",
+    ["kind"],
 )
-REFUSALS = Counter("ascendra_router_refusals", "Requests refused.", ["reason"])
+TRANSFERS = Counter(
+    "ascendra_router_transfers",
+    "Waiting requests asked back from a worker, by purpose; too_late: their prefill had started.",
+    ["kind", "outcome"],
+)
+TICKETS = Counter("ascendra_router_tickets", "Tickets of HP workers: issued, granted to an LP, redeemed.", ["event"])
+REFUSALS = Counter("ascendra_router_refusals", "Requests refused, by reason and gRPC status.", ["reason", "status"])
 DROPPED_FRAMES = Counter("ascendra_router_dropped_frames", "Tokens or messages of workers not taken.", ["reason"])
 CANCEL_TIMEOUTS = Counter("ascendra_router_cancel_timeouts", "Cancellations that no worker acknowledged in time.")
 WITHDRAW_TIMEOUTS = Counter("ascendra_router_withdraw_timeouts", "Withdrawals that no worker answered in time.")
@@ -39,8 +73,19 @@ RUNNING_MOVES = Counter(
     "Streams with tokens that moved, or should have: the cause, and what became of it.",
     ["cause", "outcome"],
 )
+WITHDRAW_SECONDS = Histogram(
+    "ascendra_router_withdraw_seconds",
+    "From asking a worker for waiting requests to its answer.",
+    buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+TOKENIZE_SECONDS = Histogram(
+    "ascendra_router_tokenize_seconds",
+    "From a prompt's arrival to its token ids, with the wait for a thread.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1),
+)
 LINK_LOSSES = Counter("ascendra_router_link_losses", "Worker streams that ended, or could not be opened.")
 LIVE = Gauge("ascendra_router_live_requests", "Requests being served.")
+LIVE_LIMIT = Gauge("ascendra_router_live_requests_limit", "Requests served at once; more are refused.")
 PARKED = Gauge("ascendra_router_parked_requests", "Requests waiting for any worker.")
 HELD = Gauge("ascendra_router_held_requests", "Requests kept until a worker has room (late binding).")
 HELD_RELEGATED = Gauge("ascendra_router_held_relegated_requests", "Of these, served behind all others.")
@@ -63,32 +108,69 @@ ROUND_SECONDS = Histogram(
 )
 
 
-class GapHistogram(Collector):
-    """Gaps between tokens; a tenth of the cost of a library histogram, for it is fed once a token."""
+def configure(objectives_s: Mapping[str, tuple[float, float]], live_limit: int) -> None:
+    """Fit the metrics to the configuration.
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(TBT_BUCKETS_S) + 1)
-        self.total_s = 0.0
-
-    def observe(self, gap_s: float) -> None:
-        """Count one gap."""
-        self.counts[bisect_left(TBT_BUCKETS_S, gap_s)] += 1
-        self.total_s += gap_s
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the histogram."""
-        family = HistogramMetricFamily("ascendra_router_tbt_seconds", "Gap between consecutive tokens of a request.")
-        buckets = []
-        cumulated = 0
-        for limit, count in zip((*map(str, TBT_BUCKETS_S), "+Inf"), self.counts, strict=True):
-            cumulated += count
-            buckets.append((limit, cumulated))
-        family.add_metric([], buckets, self.total_s)
-        return [family]
+    Args:
+        objectives_s: (TTFT, TBT) by SLO class, in seconds.
+        live_limit: requests served at once.
+    """
+    ttfts_s = [ttft_s for ttft_s, _ in objectives_s.values()]
+    TTFT.straddle(ttfts_s)
+    QUEUE_WAIT.straddle(ttfts_s)
+    TBT.straddle(tbt_s for _, tbt_s in objectives_s.values())
+    for slo_class, (ttft_s, tbt_s) in objectives_s.items():
+        OBJECTIVES.labels(slo_class, "ttft").set(ttft_s)
+        OBJECTIVES.labels(slo_class, "tbt").set(tbt_s)
+        SLO_JUDGED.labels(slo_class)
+        for objective in ("ttft", "tbt", "joint"):
+            SLO_MET.labels(slo_class, objective)
+    LIVE_LIMIT.set(live_limit)
 
 
-WorkerRow = tuple[str, str, float, float, float, float, float]
-"""Worker id, role, requests waiting there; prefill work of these, backlog, telemetry age, round trip in seconds."""
+def ended(slo_class: str, tenant: str, outcome: str) -> None:
+    """Count the end of a request; the tenant is a configured one or OTHER."""
+    outcome = bounded(outcome, REASONS)
+    REQUESTS.labels(slo_class, outcome).inc()
+    TENANT_REQUESTS.labels(tenant, outcome).inc()
+
+
+def judged(slo_class: str, *, ttft_met: bool, tbt_met: bool) -> None:
+    """Count a request by whether it met its objectives."""
+    SLO_JUDGED.labels(slo_class).inc()
+    if ttft_met:
+        SLO_MET.labels(slo_class, "ttft").inc()
+    if tbt_met:
+        SLO_MET.labels(slo_class, "tbt").inc()
+    if ttft_met and tbt_met:
+        SLO_MET.labels(slo_class, "joint").inc()
+
+
+def refused(error: ServiceError) -> None:
+    """Count a request that was refused."""
+    REFUSALS.labels(bounded(error.reason.lower(), REASONS), error.code.name).inc()
+
+
+class WorkerRow(NamedTuple):
+    """An attached worker as the router sees it."""
+
+    worker_id: str
+    role: str
+    queued: int
+    """This router's requests there without a token yet."""
+    waiting: int
+    """Requests of all routers waiting in the engine."""
+    running: int
+    kv_usage: float
+    committed_s: float
+    """Prefill work queued there."""
+    backlog_s: float
+    """Until all that is queued there has its first token."""
+    age_s: float
+    """Since its last message."""
+    model_age_s: float | None
+    """Of what the predictor knows of it; None: nothing."""
+    round_trip_s: float
 
 
 class WorkerGauges(Collector):
@@ -96,29 +178,53 @@ class WorkerGauges(Collector):
 
     def __init__(self) -> None:
         self.rows: Callable[[], Iterable[WorkerRow]] = list
+        self.healths: Callable[[], Mapping[str, int]] = dict
+        """Known workers by state."""
 
     def collect(self) -> Iterable[Metric]:
         """Return the gauges."""
-        waiting = GaugeMetricFamily("ascendra_router_worker_waiting", "Requests queued on a worker.", labels=["worker"])
-        work = GaugeMetricFamily(
-            "ascendra_router_worker_committed_seconds", "Prefill work queued on a worker.", labels=["worker"]
-        )
-        age = GaugeMetricFamily(
-            "ascendra_router_telemetry_age_seconds", "Time since a worker's last message.", labels=["worker"]
-        )
-        trip = GaugeMetricFamily("ascendra_router_round_trip_seconds", "Round trip of the stream.", labels=["worker"])
+        prefix, labels = "ascendra_router", ["worker"]
+        workers = GaugeMetricFamily(f"{prefix}_workers", "Known workers, by state.", labels=["health"])
+        for health, count in self.healths().items():
+            workers.add_metric([health], count)
+        families = {
+            "queued": GaugeMetricFamily(
+                f"{prefix}_worker_queued", "This router's requests there without a token.", labels=labels
+            ),
+            "waiting": GaugeMetricFamily(
+                f"{prefix}_worker_waiting", "Requests waiting in a worker's engine.", labels=labels
+            ),
+            "running": GaugeMetricFamily(
+                f"{prefix}_worker_running", "Requests resident in a worker's engine.", labels=labels
+            ),
+            "kv_usage": GaugeMetricFamily(
+                f"{prefix}_worker_kv_usage_ratio", "Share of a worker's KV cache in use.", labels=labels
+            ),
+            "committed_s": GaugeMetricFamily(
+                f"{prefix}_worker_committed_seconds", "Prefill work queued on a worker.", labels=labels
+            ),
+            "age_s": GaugeMetricFamily(
+                f"{prefix}_telemetry_age_seconds", "Time since a worker's last message.", labels=labels
+            ),
+            "model_age_s": GaugeMetricFamily(
+                f"{prefix}_model_age_seconds", "Age of the steps a worker's learned model rests on.", labels=labels
+            ),
+            "round_trip_s": GaugeMetricFamily(
+                f"{prefix}_round_trip_seconds", "Round trip of a worker's stream.", labels=labels
+            ),
+        }
         backlog = GaugeMetricFamily(
-            "ascendra_router_backlog_seconds",
+            f"{prefix}_backlog_seconds",
             "Predicted time until everything queued on a worker has its first token: what to scale on.",
             labels=["worker", "role"],
         )
-        for worker_id, role, queued, work_s, backlog_s, age_s, round_trip_s in self.rows():
-            waiting.add_metric([worker_id], queued)
-            work.add_metric([worker_id], work_s)
-            backlog.add_metric([worker_id, role], backlog_s)
-            age.add_metric([worker_id], age_s)
-            trip.add_metric([worker_id], round_trip_s)
-        return [waiting, work, backlog, age, trip]
+        for row in self.rows():
+            backlog.add_metric([row.worker_id, row.role], row.backlog_s)
+            for name, family in families.items():
+                value = getattr(row, name)
+                if value is not None:
+                    family.add_metric([row.worker_id], value)
+        return [workers, backlog, *families.values()]
 
 
 SinkRow = tuple[str, bool, int, int, int, int, int]
@@ -149,9 +255,10 @@ class SinkMetrics(Collector):
         return families
 
 
-GAPS = GapHistogram()
 WORKERS = WorkerGauges()
 SINKS = SinkMetrics()
-REGISTRY.register(GAPS)
+REGISTRY.register(TTFT)
+REGISTRY.register(TBT)
+REGISTRY.register(QUEUE_WAIT)
 REGISTRY.register(WORKERS)
 REGISTRY.register(SINKS)

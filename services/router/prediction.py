@@ -117,6 +117,11 @@ class Predictions:
         ratios = self._residual(worker_id, queue_ahead_s).ratios
         return ratios[P50], ratios[P90]
 
+    def age_s(self, worker_id: str, now_s: float) -> float | None:
+        """Return how old the telemetry is that a worker's learned model rests on; None without one."""
+        learned = self._learned.get(worker_id)
+        return now_s - learned.heard_s if learned is not None else None
+
     def miss_probability(self, worker_id: str, queue_ahead_s: float, predicted_s: float, left_s: float) -> float:
         """Return P(first token later than left_s) when predicted_s is expected, from the residuals at that load."""
         residual = self._residual(worker_id, queue_ahead_s)

@@ -163,7 +163,11 @@ class Rebalancer:
     def on_withdrawn(self, link: WorkerLink, withdrawn: worker_pb2.Withdrawn) -> None:
         """Carry out the moves whose requests were handed back; give up the others."""
         gone = set(withdrawn.withdrawn_handles)
-        for transfer in self._transfers.pop((link.address, withdrawn.withdraw_id), ()):
+        transfers = self._transfers.pop((link.address, withdrawn.withdraw_id), ())
+        if transfers:
+            asked_s = transfers[0].expires_s - self._config.withdraw_timeout_s
+            metrics.WITHDRAW_SECONDS.observe(time.monotonic() - asked_s)
+        for transfer in transfers:
             self._settle(link, transfer, handed_back=transfer.placed.handle in gone)
         self._changed.set()
 
@@ -171,6 +175,7 @@ class Rebalancer:
         """Forget withdrawals that nobody will answer: the dispatcher moves their requests."""
         for key in [key for key in self._transfers if key[0] == link.address]:
             for transfer in self._transfers.pop(key):
+                metrics.TRANSFERS.labels(transfer.kind, "worker_lost").inc()
                 if transfer.target is not None:
                     transfer.target.instance.expect_no_more(transfer.placed.request.spec.request_id)
 
@@ -250,7 +255,8 @@ class Rebalancer:
             return
         objectives_s = [p.request.spec.slo.tbt_s for queue in queues for p in queue.placed.values()]
         views = [self._dispatcher.view(link, now_s) for link in high]
-        self._ledger.issue(views, min(objectives_s, default=0.0), now_s)
+        issued = self._ledger.issue(views, min(objectives_s, default=0.0), now_s)
+        metrics.TICKETS.labels("issued").inc(len(issued))
         backlogs_s = {
             queue.link.worker_id: queue.pace.finish_s(
                 sum(queue.pace.remaining_work_s(queued) for queued in queue.ordered if not queued.started)
@@ -262,6 +268,7 @@ class Rebalancer:
             return
         waiting = sum(len(queue.ordered) for queue in queues)
         granted = self._ledger.grant(backlogs_s, sum(backlogs_s.values()) / max(waiting, 1), now_s)
+        metrics.TICKETS.labels("granted").inc(len(granted))
         by_id = {queue.link.worker_id: queue for queue in queues}
         targets = {link.worker_id: link for link in high}
         for ticket in granted:
@@ -272,6 +279,7 @@ class Rebalancer:
             chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
             if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
                 continue
+            metrics.TICKETS.labels("redeemed").inc()
             predicted = self._newcomer_ahead(target, now_s).estimate(chosen)
             placed, numbers = queue.placed[chosen.request_id], (predicted.mean_s, predicted.wait_s)
             self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
@@ -305,9 +313,11 @@ class Rebalancer:
             transfer.target.instance.expect_no_more(request.spec.request_id)
         found = self._dispatcher.where(request)
         if request.ended or found is None or found[1] is not placed:
+            metrics.TRANSFERS.labels(transfer.kind, "ended").inc()
             return  # it ended, or its worker was lost, while the answer was on its way
         placed.withdrawing = False
         placed.decided_s = time.monotonic()
+        metrics.TRANSFERS.labels(transfer.kind, "handed_back" if handed_back else "too_late").inc()
         if not handed_back:
             self._dispatcher.note(request, "withdraw_refused", "its prefill had started", link.worker_id)
             return
@@ -338,6 +348,7 @@ class Rebalancer:
             del self._transfers[key]
             metrics.WITHDRAW_TIMEOUTS.inc()
             for transfer in transfers:
+                metrics.TRANSFERS.labels(transfer.kind, "timeout").inc()
                 # It may still be handed back later; then nobody knows the request any more, so it must not stay there.
                 placed, request = transfer.placed, transfer.placed.request
                 if transfer.target is not None:

@@ -5,7 +5,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2, worker_pb2
 from services.policy.state import QueuedRequest, Slo
 from services.router.mailbox import Sink
 from services.router.text import TextStream
+
+if TYPE_CHECKING:
+    from services.router.tracing import RequestTrace
 
 MAX_DECISIONS = 64
 """Decisions kept of one request; later ones replace the last."""
@@ -119,9 +122,9 @@ class LiveRequest:
     """State of one request."""
 
     __slots__ = (
-        "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "arrival_s", "attempt", "attempts",
+        "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "_prefill_s", "arrival_s", "attempt", "attempts",
         "cached_prompt_tokens", "decisions", "first_token_s", "generated", "hops", "last_gap_s", "last_token_s",
-        "moves", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text",
+        "moves", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -139,6 +142,8 @@ class LiveRequest:
         self.sink = sink
         self.arrival_s = arrival_s
         self.text = text
+        self.trace: RequestTrace | None = None
+        """Its spans; None while tracing is off."""
         self.state = State.RECEIVED
         self.generated = array.array("I", resumed)
         self.resumed_tokens = len(resumed)
@@ -162,6 +167,7 @@ class LiveRequest:
         self._open = 0  # the attempt whose tokens count; 0 while there is none
         self._max_tokens = spec.sampling.max_tokens
         self._first_pool: common_pb2.Role = common_pb2.ROLE_UNSPECIFIED
+        self._prefill_s = 0.0
 
     @property
     def ended(self) -> bool:
@@ -185,20 +191,30 @@ class LiveRequest:
         self._open = self.attempt
         self.attempts.append(inference_pb2.Attempt(number=self.attempt, worker_id=worker_id, role=role, reason=reason))
         self.state = State.DECODE if self.has_tokens else State.WAITING
+        if self.trace is not None:
+            self.trace.attempt_begins(self.attempts[-1])
         return self.attempt
 
     def moved_by(self, method: str) -> None:
         """Say how the present attempt comes by the KV cache of a stream that began elsewhere."""
         self.attempts[-1].moved_by = method
 
-    def fence(self) -> None:
+    def fence(self, cause: str = "moved") -> None:
         """End the present attempt without a successor yet: whatever still comes from it is stale."""
         self._open = 0
+        if self.trace is not None:
+            self.trace.attempt_ends(cause)
 
-    def started(self, attempt: int) -> None:
-        """Take note that the prefill of an attempt began."""
-        if attempt == self.attempt and self.state is State.WAITING:
+    def started(self, attempt: int, now_s: float) -> bool:
+        """Take note that the prefill of an attempt began; return whether it is the first prefill of the request."""
+        if attempt != self.attempt:
+            return False
+        if self.state is State.WAITING:
             self.state = State.PREFILL
+        first = self._prefill_s == 0.0
+        if first:
+            self._prefill_s = now_s
+        return first
 
     def tokens(
         self, attempt: int, offset: int, token_ids: Sequence[int], now_s: float, silent_last: bool = False
@@ -284,6 +300,11 @@ class LiveRequest:
         """Seconds from arrival to the first token of this router; infinite without one."""
         return self.first_token_s - self.arrival_s if self.first_token_s else math.inf
 
+    @property
+    def queue_wait_s(self) -> float:
+        """Seconds from arrival to the start of its first prefill; infinite before."""
+        return self._prefill_s - self.arrival_s if self._prefill_s else math.inf
+
     def p99_gap_s(self) -> float:
         """Return the 99th percentile of the gaps, linear between neighbours; 0 without gaps."""
         return float(np.quantile(np.frombuffer(self._gaps, dtype=np.float64), 0.99)) if self._gaps else 0.0
@@ -331,7 +352,7 @@ class LiveRequest:
             urgent=urgent,
             ticketed=ticketed,
             relegated=relegated,
-            traceparent=self.spec.traceparent,
+            traceparent=self.trace.traceparent if self.trace is not None else self.spec.traceparent,
             last_token_age_ms=(now_s - self.last_token_s) * 1000 if self.last_token_s else 0.0,
             kv_handle=kv_handle,
         )

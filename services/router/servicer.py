@@ -9,6 +9,7 @@ import numpy as np
 
 from ascendra.v1 import inference_pb2, inference_pb2_grpc
 from services.common.errors import InvalidArgument
+from services.common.tracing import Tracer
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher
 from services.router.ingress import CallInfo, Ingress
@@ -32,18 +33,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         relays: Relays,
         limits: Callable[[], Limits],
         closing: asyncio.Event,
+        tracer: Tracer | None,
     ) -> None:
         """Prepare.
 
         Args:
             closing: set when sessions should end, with everything of them finished or given up.
+            tracer: None while tracing is off.
         """
         self._config = config
         self._codec = codec
         self._dispatcher = dispatcher
         self._limits = limits
         self._closing = closing
-        self._ingress = Ingress(config, codec, dispatcher, relays, limits)
+        self._ingress = Ingress(config, codec, dispatcher, relays, limits, tracer)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any

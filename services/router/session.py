@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from ascendra.v1 import common_pb2, inference_pb2
 from services.common.errors import InvalidArgument, ResourceExhausted, ServiceError
 from services.common.logging import get_logger
+from services.router import metrics
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher
 from services.router.ingress import CallInfo, Ingress
@@ -219,6 +220,7 @@ class Session:
             error_: ServiceError = ResourceExhausted(
                 f"a session serves at most {self._limit} requests at once", reason="SESSION_LIMIT", retry_safe=True
             )
+            metrics.refused(error_)
             self.outbox.open(handle).fail(error_)
             return
         arrival_s = time.monotonic()

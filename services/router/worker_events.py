@@ -67,7 +67,8 @@ class WorkerEvents:
         token_ids = list(step.token_ids)
         ended = {end.handle: end for end in step.ended} if step.ended else {}
         logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
-        observe_gap = metrics.GAPS.observe
+        observe_gap = metrics.TBT.observe
+        self._on_standing(link, step, now_s)
         position = 0
         for handle, count in zip(step.handles, step.token_counts, strict=True):
             chunk = token_ids[position : position + count]
@@ -86,7 +87,7 @@ class WorkerEvents:
             if not placed.delivered:
                 self._first_token(link, placed, now_s)
             else:
-                observe_gap(request.last_gap_s)
+                observe_gap(request.spec.slo_class, request.last_gap_s)
             placed.next_offset += count
             positions = logprobs.get(handle, ())[: len(delta.token_ids)] if logprobs else ()
             if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions):
@@ -97,7 +98,6 @@ class WorkerEvents:
             self._dispatcher.predictions.observe_step(link.worker_id, telemetry.prefill_tokens, telemetry.step_s)
         for end in step.ended:
             self._on_ended(link, end)
-        self._on_standing(link, step)
         if self._dispatcher.binder is not None:
             self._dispatcher.binder.on_steps(step.telemetry)
         metrics.TOKENS.inc(position)
@@ -146,10 +146,12 @@ class WorkerEvents:
         placed.delivered = True
         link.instance.first_token(placed)
         link.breaker.succeeded()
+        if request.trace is not None:
+            request.trace.first_token(request.ttft_s, placed.next_offset)
         if request.first_token_s == now_s:
-            metrics.TTFT.labels(slo_class=request.spec.slo_class).observe(request.ttft_s)
+            metrics.TTFT.observe(request.spec.slo_class, request.ttft_s)
         else:
-            metrics.GAPS.observe(request.last_gap_s)
+            metrics.TBT.observe(request.spec.slo_class, request.last_gap_s)
         if moved_by := request.attempts[-1].moved_by:
             metrics.MOVE_SECONDS.labels(method=moved_by).observe(request.last_gap_s)
         self._mover.on_first_token(link, placed, now_s)
@@ -189,14 +191,15 @@ class WorkerEvents:
         self._dispatcher.stop_attempt(request)
         self._dispatcher.finish(request, common_pb2.FINISH_REASON_LENGTH)
 
-    def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput) -> None:
+    def _on_standing(self, link: WorkerLink, step: worker_pb2.StepOutput, now_s: float) -> None:
         for handle in step.kv_failed_handles:
             self._mover.on_kv_failed(link, handle)
         for handle in step.started_handles:
             placed = link.placed.get(handle)
             if placed is not None:
                 placed.queued.started = True
-                placed.request.started(placed.attempt)
+                if placed.request.started(placed.attempt, now_s):
+                    metrics.QUEUE_WAIT.observe(placed.request.spec.slo_class, placed.request.queue_wait_s)
         for handle in step.relegated_handles:
             placed = link.placed.get(handle)
             if placed is not None and not placed.queued.relegated:

@@ -13,6 +13,7 @@ from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
+from services.common.tracing import make_tracer
 from services.worker.config import WorkerConfig
 from services.worker.engine.contract import Engine
 from services.worker.registration import keep_registered
@@ -36,7 +37,8 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
     from services.worker.engine.adapter import VllmEngine
 
     engine = await VllmEngine.start(config.engine_settings())
-    worker = Worker(config, engine)
+    tracer = make_tracer("worker", config.effective_worker_id, config.otlp_endpoint, sample_ratio=1.0)
+    worker = Worker(config, engine, tracer)
     server = await start_grpc_server(
         config.listen,
         lambda server: _register(server, worker),
@@ -125,6 +127,8 @@ async def _close(worker: Worker, server: GrpcServer, http: HttpStatus | None, en
     await server.stop(_LAST_WORDS_S)
     if http is not None:
         await http.stop()
+    if worker.tracer is not None:
+        await worker.tracer.close()
     if worker.engine_died.is_set():
         # What is left of a dead engine may hang in its own clean-up; the kernel does it for us.
         log.error("exiting", status=EXIT_ENGINE_DIED)

@@ -72,6 +72,7 @@ class WorkerConfig:
     metrics_listen: str = option("127.0.0.1:0", "host:port of /health, /live and /metrics; empty: none")
     drain_timeout_s: float = option(30.0, "seconds until a drain cancels what is left")
     heartbeat_ms: int = option(250, "longest silence on a stream in milliseconds")
+    otlp_endpoint: str = option("", "URL that spans go to by OTLP/gRPC, http://host:4317 or https://...; empty: none")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log line written")
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ class WorkerConfig:
         return EngineSettings(
             engine=self.engine,
             model=self.model,
+            served_model_name=self.effective_model_name,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

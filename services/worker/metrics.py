@@ -1,8 +1,13 @@
 """The worker's own metrics; vLLM's stand beside them under their own names."""
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Callable, Iterable
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from ascendra.v1 import common_pb2
+from services.common.metrics import TBT_BUCKETS_S
 
 LIVE = Gauge("ascendra_worker_live_requests", "Unfinished requests of all routers.")
 ROUTERS = Gauge("ascendra_worker_attached_routers", "Attached routers.")
@@ -17,7 +22,7 @@ OVERFLOWS = Counter("ascendra_worker_router_overflows", "Streams ended because t
 STEP_SECONDS = Histogram(
     "ascendra_worker_step_seconds",
     "Wall time of engine steps.",
-    buckets=(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
+    buckets=TBT_BUCKETS_S,
 )
 STEP_TOKENS = Histogram(
     "ascendra_worker_step_prefill_tokens",
@@ -27,6 +32,26 @@ STEP_TOKENS = Histogram(
 TOKEN_BUDGET = Gauge("ascendra_worker_token_budget", "Token budget of the last step.")
 QUEUED_PREFILL_TOKENS = Gauge("ascendra_worker_queued_prefill_tokens", "Prefill tokens still to compute.")
 TELEMETRY_DROPPED = Counter("ascendra_worker_telemetry_dropped_steps", "Steps not reported to the predictor.")
+
+
+class WorkerInfo(Collector):
+    """What the worker is, read when scraped: roles change."""
+
+    def __init__(self) -> None:
+        self.facts: Callable[[], dict[str, str]] = dict
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the facts as labels."""
+        info = InfoMetricFamily(
+            "ascendra_worker", "1, with worker, role, model_name, engine_kind and vllm_version as labels."
+        )
+        if facts := self.facts():
+            info.add_metric([], facts)
+        return [info]
+
+
+INFO = WorkerInfo()
+REGISTRY.register(INFO)
 
 
 def observe_step(step: common_pb2.StepTelemetry) -> None:

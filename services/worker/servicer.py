@@ -17,6 +17,7 @@ from services.worker import metrics
 from services.worker.engine.contract import Delta, EngineDead, EngineRequest, KvUnavailable, RejectedByEngine
 from services.worker.outbox import Outbox
 from services.worker.submission import engine_request
+from services.worker.tracing import AttemptTrace
 from services.worker.worker import PROTOCOL_VERSION, UNAVAILABLE, LiveRequest, Worker, failed
 
 log = get_logger()
@@ -177,6 +178,8 @@ class Attachment:
             worker.remove(live)
             self._outbox.put(failed(handle, _INVALID_ARGUMENT, error.message, error.reason))
             return
+        if worker.tracer is not None:
+            live.trace = AttemptTrace(worker.tracer, submit, worker.facts())
         self._live[handle] = live
         live.task = asyncio.create_task(self._generate(live, request), name=f"generate-{live.engine_id}")
 
@@ -203,6 +206,8 @@ class Attachment:
         if not self._worker.engine.info.policies:
             self._worker.steps += 1  # no telemetry says that the engine moves on; its tokens do
         if delta.token_ids:
+            if live.trace is not None:
+                live.trace.tokens(len(delta.token_ids))
             outbox.put_tokens(live.handle, delta.token_ids, delta.logprobs)
             live.delivered(len(delta.token_ids))
         if not delta.finish:
@@ -221,6 +226,8 @@ class Attachment:
             cached_prompt_tokens=delta.cached_prompt_tokens,
             preemptions=live.preemptions,
         )
+        if live.trace is not None:
+            live.trace.finished(delta.finish, delta.cached_prompt_tokens)
         if delta.finish == "stop":
             stop = delta.stop_token_id
             ended.stop_token_id = delta.token_ids[-1] if stop is None and delta.token_ids else stop or 0

@@ -9,13 +9,16 @@ from collections.abc import Iterable
 import grpc
 
 from ascendra.v1 import common_pb2, worker_pb2
+from services.common import span_names
 from services.common.logging import get_logger
+from services.common.tracing import Tracer
 from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
 from services.policy.delivery import MAX_ALLOWANCE_S
 from services.worker import metrics
 from services.worker.config import WorkerConfig
 from services.worker.engine.contract import Engine, EngineDead, KvTransferInfo, StepReport
 from services.worker.outbox import Outbox
+from services.worker.tracing import AttemptTrace
 
 log = get_logger()
 
@@ -31,7 +34,7 @@ class LiveRequest:
 
     __slots__ = (
         "_progress", "delivered_tokens", "engine_id", "first_offset", "handle", "outbox", "preemptions", "request_id",
-        "task",
+        "task", "trace",
     )  # fmt: skip
 
     def __init__(self, handle: int, request_id: str, engine_id: str, outbox: Outbox, first_offset: int = 0) -> None:
@@ -48,6 +51,8 @@ class LiveRequest:
         self.preemptions = 0
         self.delivered_tokens = 0
         self.task: asyncio.Task[None] | None = None
+        self.trace: AttemptTrace | None = None
+        """Its span; None while tracing is off."""
         self._progress: asyncio.Event | None = None
 
     def delivered(self, tokens: int) -> None:
@@ -67,8 +72,9 @@ class LiveRequest:
 class Worker:
     """What all attached routers share."""
 
-    def __init__(self, config: WorkerConfig, engine: Engine) -> None:
+    def __init__(self, config: WorkerConfig, engine: Engine, tracer: Tracer | None = None) -> None:
         self.config = config
+        self.tracer = tracer
         self.engine = engine
         self.worker_id = config.effective_worker_id
         self.incarnation = secrets.token_hex(8)
@@ -88,6 +94,7 @@ class Worker:
         self._deliveries_s: dict[str, float] = {}
         self._applied_delivery_s = 0.0
         engine.on_report(self._on_report)
+        metrics.INFO.facts = self.facts
 
     @property
     def draining(self) -> bool:
@@ -107,6 +114,17 @@ class Worker:
         return worker_pb2.SchedulingPolicy(
             value_function=config.value_function, token_budget=config.token_budget, relegation=config.relegation
         )
+
+    def facts(self) -> dict[str, str]:
+        """Return what the worker is, for metrics and traces."""
+        info = self.engine.info
+        return {
+            "worker": self.worker_id,
+            "role": self.role.value,
+            "model_name": self.config.effective_model_name,
+            "engine_kind": info.engine,
+            "vllm_version": info.version,
+        }
 
     async def welcome(self) -> worker_pb2.Welcome:
         """Describe the worker to a router."""
@@ -154,6 +172,8 @@ class Worker:
     def remove(self, live: LiveRequest) -> None:
         """Forget a request."""
         self.live.pop(live.engine_id, None)
+        if live.trace is not None:
+            live.trace.ends()
         metrics.LIVE.set(len(self.live))
         self._note_idle()
 
@@ -269,16 +289,24 @@ class Worker:
         started: dict[Outbox, list[int]] = {}
         relegated: dict[Outbox, list[int]] = {}
         kv_failed: dict[Outbox, list[int]] = {}
-        news = ((report.started, started), (report.relegated, relegated), (report.kv_failed, kv_failed))
-        for ids, by_outbox in news:
+        news = (
+            (report.started, started, span_names.PREFILL_STARTED),
+            (report.relegated, relegated, span_names.RELEGATED),
+            (report.kv_failed, kv_failed, span_names.KV_FAILED),
+        )
+        for ids, by_outbox, event in news:
             for engine_id in ids:
                 if (live := self.live.get(engine_id)) is not None:
                     by_outbox.setdefault(live.outbox, []).append(live.handle)
+                    if live.trace is not None:
+                        live.trace.event(event)
         metrics.RELEGATED.inc(len(report.relegated))
         metrics.KV_FAILED.inc(len(report.kv_failed))
         for engine_id in report.preempted:
             if (live := self.live.get(engine_id)) is not None:
                 live.preemptions += 1
+                if live.trace is not None:
+                    live.trace.event(span_names.PREEMPTED)
         for outbox, handles in started.items():
             outbox.put_started(handles)
         for outbox, handles in relegated.items():

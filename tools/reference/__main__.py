@@ -1,14 +1,19 @@
-"""`python -m tools.reference`: write docs/configuration.md and docs/protocol.md; --check tells if they are stale."""
+"""`python -m tools.reference`: write the generated pages of docs/; --check tells if they are stale."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from tools.reference.configuration import configuration_page
+from tools.reference.metrics import metrics_page
 from tools.reference.protocol import protocol_page
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"docs/configuration.md": configuration_page, "docs/protocol.md": protocol_page}
+PAGES = {
+    "docs/configuration.md": configuration_page,
+    "docs/metrics.md": metrics_page,
+    "docs/protocol.md": protocol_page,
+}
 
 
 def stale_pages() -> list[str]:

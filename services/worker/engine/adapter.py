@@ -292,6 +292,7 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
     }
     options: dict[str, Any] = {
         "model": model,
+        "served_model_name": settings.served_model_name,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,

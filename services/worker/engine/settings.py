@@ -39,6 +39,8 @@ class EngineSettings:
     """"cpu", "cuda" or "emulated"."""
     model: str
     """Directory or Hugging Face id; for the emulated engine it may be empty."""
+    served_model_name: str
+    """Its name in the API and in vLLM's metrics."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
