@@ -75,9 +75,10 @@ def as_dict(status: cluster_pb2.GetStatusResponse) -> dict[str, Any]:
 def render(status: cluster_pb2.GetStatusResponse, width: int) -> Group:
     """Return the status as tables; a narrow terminal, of `width` characters, is spared engine and policy."""
     predictor = "connected" if status.predictor_connected else "not connected"
+    held = f" ({status.held_requests} held until a worker has room)" if status.held_requests else ""
     head = Text(
         f"router {status.router_id} {status.version} · up {_duration(status.uptime_s)} · "
-        f"{status.live_requests} live requests · predictions by {status.prediction_policy or '?'}, "
+        f"{status.live_requests} live requests{held} · predictions by {status.prediction_policy or '?'}, "
         f"predictor {predictor}"
     )
     parts: list[Text | Table] = [head, Text(), _workers(status, wide=width >= _WIDE)]

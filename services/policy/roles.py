@@ -1,5 +1,10 @@
-"""How many instances are HP, and which."""
+"""How many instances are HP, and which.
 
+In simulation, with workers that give nobody up, HPs that follow the pressure keep far more requests in overload than a
+fixed split or one pool; with Moore-Hodgson relegation every HP costs some (docs/report.md has the numbers).
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +23,13 @@ class RolePolicy:
     """Most HP instances, as a share of all."""
     hold_s: float = 30.0
     """Pressure must last this long before a role changes, and changes are at least this far apart."""
-    busy_share: float = 0.8
-    """HP is under pressure while its urgent work fills more than this share of its time."""
+    busy_share: float = 0.5
+    """HP is under pressure while its urgent work fills more than this share of its time; the decodes that follow from
+    it take a good part of the rest, so that saturated HPs show 0.6 to 0.8."""
     idle_share: float = 0.05
     """HP is not needed while its urgent work fills less than this."""
+    smooth_s: float = 10.0
+    """Shares are averaged over about this long: single intervals scatter."""
 
 
 def default_hp_count(instances: int, hp_share: float = 0.125) -> int:
@@ -53,7 +61,8 @@ class RoleController:
     def __init__(self, policy: RolePolicy, instances: int) -> None:
         self.policy = policy
         self.hp_count = default_hp_count(instances, policy.hp_share)
-        self._changed_s = float("-inf")
+        self._changed_s = self._updated_s = float("-inf")
+        self._busy_share = self._unsaved_share = 0.0
         self._wants = 0
         self._wants_since_s = 0.0
 
@@ -66,15 +75,19 @@ class RoleController:
             unsaved_share: share of requests that would have been offloaded but no HP could take in time.
         """
         policy = self.policy
+        weight = 1 - math.exp(-(now_s - self._updated_s) / policy.smooth_s)
+        self._updated_s = now_s
+        self._busy_share += weight * (urgent_busy_share - self._busy_share)
+        self._unsaved_share += weight * (unsaved_share - self._unsaved_share)
         most = min(int(instances * policy.max_hp_share), instances - 1)
         least = min(policy.min_hp, most)
         bounded = min(max(self.hp_count, least), max(most, 0))
         if bounded != self.hp_count:
             return self._change(bounded, now_s, "bounds for the instances that serve")
         wants = 0
-        if (urgent_busy_share > policy.busy_share and unsaved_share > 0) and self.hp_count < most:
+        if self._busy_share > policy.busy_share and self._unsaved_share > 0.01 and self.hp_count < most:
             wants = 1
-        elif urgent_busy_share < policy.idle_share and self.hp_count > max(least, 1 if policy.hp_share > 0 else 0):
+        elif self._busy_share < policy.idle_share and self.hp_count > max(least, 1 if policy.hp_share > 0 else 0):
             wants = -1
         if wants != self._wants:
             self._wants, self._wants_since_s = wants, now_s

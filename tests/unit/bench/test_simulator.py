@@ -12,6 +12,9 @@ from bench.simulator.instance import StepTimeTruth
 from bench.simulator.request import SimRequest
 from bench.simulator.systems import SYSTEMS, simulate
 from bench.workloads import TraceRow, WorkloadRequest, make_workload, slo_set
+from services.policy.order import OrderPolicy
+from services.policy.relegation import NONE
+from services.policy.roles import RolePolicy
 from services.policy.state import Slo
 from services.policy.step_time import A100_LLAMA3_8B
 
@@ -143,6 +146,24 @@ def test_a_single_instance_is_enough(name: str) -> None:
 def test_rescue_moves_between_peers() -> None:
     """Without any HP instance, a request that would miss where it waits still finds another."""
     assert simulate(SYSTEMS["ascendra-pool"], workload(16.0, 600), ClusterConfig(instances=3)).moves > 0
+
+
+def test_hps_follow_the_pressure_both_ways() -> None:
+    """Workers that give nobody up: overload makes HPs of LPs, and keeps more so; when it is over they turn back."""
+    heavy = workload(20.0, 600)
+    light = [
+        replace(item, request_id=f"l{item.request_id}", arrival_s=heavy[-1].arrival_s + 30.0 + item.arrival_s)
+        for item in workload(4.0, 120)
+    ]
+    config = ClusterConfig(instances=4)
+    fixed = replace(SYSTEMS["ascendra"], order=OrderPolicy(relegation=NONE))
+    elastic = replace(fixed, roles=RolePolicy(hold_s=6.0, smooth_s=4.0))
+    run = simulate(elastic, heavy + light, config)
+    counts = [count for _, count in run.role_changes]
+    assert counts == [2, 1]
+    assert all(record.outcome is Outcome.FINISHED for record in run.records)
+    kept = sum(map(attains, run.records[: len(heavy)]))
+    assert kept > 1.1 * sum(map(attains, simulate(fixed, heavy, config).records))
 
 
 def test_the_planner_learns_a_slower_machine() -> None:

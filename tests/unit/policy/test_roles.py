@@ -31,7 +31,7 @@ def test_pressure_must_last_before_a_role_changes() -> None:
 def test_a_gap_in_the_pressure_starts_the_clock_again() -> None:
     """Pressure that comes and goes changes nothing."""
     controller = RoleController(RolePolicy(), 8)
-    counts = {controller.update(float(t), 8, 0.95 if t % 20 else 0.5, 0.2).hp_count for t in range(200)}
+    counts = {controller.update(float(t), 8, 0.9 if t % 40 < 20 else 0.1, 0.2).hp_count for t in range(400)}
     assert counts == {1}
 
 
@@ -48,3 +48,13 @@ def test_bounds_follow_the_instances_at_once() -> None:
     controller = RoleController(RolePolicy(), 40)
     assert controller.update(0.0, 2, 0.0, 0.0).hp_count == 1
     assert controller.update(1.0, 1, 0.0, 0.0).hp_count == 0
+
+
+def test_scatter_does_not_hide_lasting_pressure() -> None:
+    """Intervals that scatter around a mean above the threshold count as pressure, around one below it do not."""
+    busy, calm = (RoleController(RolePolicy(hold_s=20.0), 8) for _ in range(2))
+    for t in range(0, 120, 2):
+        grown = busy.update(float(t), 8, 0.9 if t % 4 else 0.4, 0.2).hp_count
+        stayed = calm.update(float(t), 8, 0.7 if t % 4 else 0.1, 0.2).hp_count
+    assert grown > 1
+    assert stayed == 1
