@@ -1,7 +1,7 @@
 """The only front-end module that imports vLLM: `contract.Engine` over `AsyncLLM`.
 
 It touches vLLM's stable surface only: AsyncEngineArgs, AsyncLLM.from_vllm_config / generate / shutdown / errored,
-SamplingParams and EngineCoreClient.call_utility_async.
+SamplingParams, envs.enable_envs_cache and EngineCoreClient.call_utility_async.
 """
 
 import asyncio
@@ -95,6 +95,8 @@ class VllmEngine:
             config = _engine_config(settings, scratch)
             own_scheduler = config.scheduler_config.scheduler_cls is not None
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_NoStats], disable_log_stats=True)
+            # vLLM reads its environment for every token otherwise; the engine core has done this by itself.
+            vllm.envs.enable_envs_cache()
             facts = await _control(llm, "describe", []) if own_scheduler else {}
             info = EngineInfo(
                 engine=settings.engine,
