@@ -47,9 +47,11 @@ def _order(value_function: str) -> System:
     return System(worker={"value-function": value_function})
 
 
+STATIC_BUDGETS = (2048, 1024, 896, 768, 640, 512, 256)
+"""Tokens of a step: vLLM's default, and others to find the best one."""
 SYSTEMS: dict[str, System] = {
-    **{f"vllm-rr-{tokens}": _stock("round_robin", tokens) for tokens in (2048, 1024, 512, 256)},
-    "vllm-least-512": _stock("least_requests", 512),
+    **{f"vllm-rr-{tokens}": _stock("round_robin", tokens) for tokens in STATIC_BUDGETS},
+    **{f"vllm-least-{tokens}": _stock("least_requests", tokens) for tokens in STATIC_BUDGETS},
     "unified": System(hp=0),
     "ascendra": System(),
     "ascendra-2hp": System(hp=2),
@@ -76,7 +78,8 @@ SYSTEMS: dict[str, System] = {
 DEFAULT_ORDER = "ascendra-edf"
 """The same as "ascendra": edf is the default value function."""
 TABLE = [
-    *("vllm-rr-2048", "vllm-rr-512", "vllm-rr-256", "vllm-least-512", "paper", "unified", "ascendra", "ascendra-2hp"),
+    *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-512", "vllm-least-768", "vllm-least-512", "paper", "unified"),
+    *("ascendra", "ascendra-2hp"),
     *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
     "ascendra-no-relegation",
     *(f"ascendra-{name}" for name in sorted(VALUE_FUNCTIONS) if f"ascendra-{name}" != DEFAULT_ORDER),
