@@ -188,7 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _worker_process(config: WorkerConfig) -> None:
     """Run one forked worker."""
-    die_with_parent(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    die_with_parent(signal.SIGTERM, parent.pid)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     # Ctrl-C reaches the whole foreground group; the parent passes a stop on, once.

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from services.policy.step_time import StepShape, StepTimeModel
+from services.worker.engine.core.process import isolate_engine_core
 
 FIRST_ORDINARY_TOKEN = 3
 """Smaller ids are special (begin, end of sequence, ...) and never generated."""
@@ -76,6 +77,7 @@ class EmulatedExecutor(Executor):
     uses_ray = False
 
     def _init_executor(self) -> None:
+        isolate_engine_core()  # under vLLM's own scheduler nothing else of ours runs here
         settings = self.vllm_config.additional_config["ascendra"]["emulation"]
         self._model = StepTimeModel.from_dict(settings["step_time_model"])
         self._kv_capacity_tokens = int(settings["kv_capacity_tokens"])

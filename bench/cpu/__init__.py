@@ -1,0 +1,1 @@
+"""Measurements with real vLLM on this machine's CPU."""
