@@ -156,8 +156,11 @@ class Instance:
         return stall_limit_s(stall_s, unknown_s, self._steps_seen, predicted_s, self._longest_step.value(now_s))
 
     def stalled(self, now_s: float, stall_s: float) -> bool:
-        """Return whether steps have stood still that long although there is work."""
-        return bool(self.waiting or self.running or self._queue) and now_s - self.steps_changed_s > stall_s
+        """Return whether steps have stood still that long although there is work; to be asked again and again."""
+        loading = sum(placed.by_kv for placed in self._queue.values())
+        if not self.running and max(self.waiting, len(self._queue)) <= loading:
+            self.steps_changed_s = now_s  # idle, or waiting for KV caches: it stalls only from here on
+        return now_s - self.steps_changed_s > stall_s
 
     def submitted(self, placed: Placed) -> None:
         """Count a request that was just sent."""

@@ -401,6 +401,7 @@ class WorkerLink:
     async def _watch(self) -> None:
         """Ping, and give the stream up when the worker is silent, stalled, or told to go."""
         next_ping_s = 0.0
+        held_up = False
         while True:
             slept_s = time.monotonic()
             with contextlib.suppress(TimeoutError):
@@ -409,8 +410,9 @@ class WorkerLink:
             if self._severed.is_set():
                 raise Suspect(self._sever)
             now_s = time.monotonic()
-            if now_s - slept_s > 2 * _LOOK_S:
-                continue  # this process was held up: what the worker said may be unread
+            held_up, was_held_up = now_s - slept_s > 2 * _LOOK_S, held_up
+            if held_up and not was_held_up:
+                continue  # this process was: what the worker said may be unread until the next look
             if self._silence.silent(now_s):
                 self._sever = _SILENT
                 raise Suspect(f"silent for {now_s - self.instance.last_message_s:.1f} s")

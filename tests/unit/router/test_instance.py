@@ -4,6 +4,7 @@ import pytest
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.policy.state import Role, Slo
+from services.policy.step_time import StepTimeBin, StepTimeModel
 from services.policy.token_budget import BudgetPolicy
 from services.router.estimates import backlog_s
 from services.router.instance import OTHERS, Instance, Placed
@@ -124,6 +125,33 @@ def test_a_stall_is_steps_that_stand_still_with_work() -> None:
     assert worker.stalled(206.0, 5.0)
     worker.telemetry(telemetry(step=2, running=1), 206.0)
     assert not worker.stalled(207.0, 5.0)
+
+
+def test_a_kv_cache_on_its_way_is_no_stall() -> None:
+    """An engine that only waits for one takes no steps; it has to when the cache cannot be read."""
+    worker = instance()
+    loading = placed(1, submitted_s=200.0)
+    loading.by_kv = True
+    worker.submitted(loading)
+    worker.heartbeat(worker_pb2.Heartbeat(waiting=1), 200.5)
+    assert not worker.stalled(220.0, 5.0)
+    loading.by_kv = False
+    assert not worker.stalled(224.0, 5.0)
+    assert worker.stalled(226.0, 5.0)
+
+
+def test_a_step_that_may_be_long_is_waited_for() -> None:
+    """The limit is what was asked for, more for large predicted or observed steps, and longer still at first."""
+    worker = instance()
+    assert worker.stall_limit_s(100.0, 1.0, 15.0) == 15.0
+    for step in range(1, 41):
+        worker.telemetry(telemetry(step=step, running=1, step_s=0.02), 100.0 + step)
+    worker.refresh(StepTimeModel((StepTimeBin(0, a0=0.01),)), 141.0)
+    assert worker.stall_limit_s(141.0, 1.0, 15.0) == 1.0
+    worker.telemetry(telemetry(step=41, running=1, step_s=0.5), 142.0)
+    assert worker.stall_limit_s(142.0, 1.0, 15.0) == 2.0
+    worker.refresh(StepTimeModel((StepTimeBin(0, a0=0.75),)), 143.0)
+    assert worker.stall_limit_s(143.0, 1.0, 15.0) == 3.0
 
 
 def test_the_token_rate_covers_ten_seconds() -> None:
