@@ -96,7 +96,9 @@ HOLD_SECONDS = Histogram(
     "ascendra_router_hold_seconds", "Wait in the router until a worker had room (late binding).", buckets=TTFT_BUCKETS_S
 )
 LOOP_LAG = Gauge("ascendra_router_event_loop_lag_seconds", "Largest lateness of a timer in the last second.")
-PREDICTOR_CONNECTED = Gauge("ascendra_router_predictor_connected", "1 while the predictor's models stream in.")
+PREDICTOR_CONNECTED = Gauge(
+    "ascendra_router_predictor_connected", "1 while the predictor's models stream in; NaN: none is configured."
+)
 PREDICTION_POLICY = Gauge("ascendra_router_prediction_policy", "1 for the source of TTFT predictions.", ["policy"])
 DECISION_LOG_DROPPED = Counter(
     "ascendra_router_decision_log_dropped", "Decisions not written because the disk is slow."

@@ -1,6 +1,7 @@
 """Step-time models for predictions: the predictor's, else the worker's own, else one made of its token throughput."""
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -89,6 +90,7 @@ class Predictions:
         self._priors = prior_slices()
         self._policy = ""
         self._publish(TOKEN_LOAD)
+        metrics.PREDICTOR_CONNECTED.set(0 if address else math.nan)
 
     def worker_model(self, worker_id: str, model: StepTimeModel | None) -> None:
         """Keep the model that a worker's Welcome carried; None: it has none."""
