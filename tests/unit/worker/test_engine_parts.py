@@ -1,11 +1,16 @@
 """Parts of the engine core that need vLLM's modules but no engine."""
 
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from services.common.config import resolve
+from services.worker.config import WorkerConfig
 from services.worker.engine.core.compatibility import kv_transfer_mismatches, scheduler_mismatches
 
 pytestmark = pytest.mark.engine
@@ -35,6 +40,36 @@ def test_the_installed_scheduler_is_the_one_we_extend() -> None:
 def test_the_nixl_connector_is_the_one_that_exports_were_written_for() -> None:
     """The installed vLLM has what an export touches."""
     assert kv_transfer_mismatches() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (1, 1, "uni")),
+        ({"tensor_parallel_size": "2"}, (2, 1, "mp")),
+        ({"pipeline_parallel_size": "2", "token_budget": "static", "executor": "mp"}, (1, 2, "mp")),
+    ],
+    ids=["one", "tensor", "pipeline"],
+)
+def test_parallel_sizes_reach_the_engine(
+    flags: dict[str, str],
+    expected: tuple[int, int, str],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """What splits the model is in vLLM's own configuration, which vLLM accepts, beside our scheduler."""
+    from services.worker.engine import adapter
+    from services.worker.engine.environment import prepare_environment
+
+    base = {"engine": "cpu", "model": str(tiny_model), "max_model_len": "256", "dtype": "float32", "kv_transfer": "off"}
+    settings = resolve(WorkerConfig, flags={**base, **flags}).engine_settings()
+    with patch.dict(os.environ):
+        prepare_environment("cpu", 1)
+        config = adapter._engine_config(settings, tmp_path)
+    parallel = config.parallel_config
+    found = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.distributed_executor_backend)
+    assert found == expected
+    assert config.scheduler_config.scheduler_cls == adapter._SCHEDULER
 
 
 def test_the_front_end_has_what_the_adapter_uses() -> None:
