@@ -5,6 +5,7 @@ python -m bench.capacity --trace conv.csv.gz --slo 1000/100 --instances 8 --poli
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -14,12 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.metrics import attains, summarize
+from bench.metrics import RequestRecord, attains, summarize
 from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
 from bench.simulator.systems import simulate, system_named
 
 FIRST_GROWTH = 1.3
 """Factor between the rates that look for a bracket."""
+NEAR_GROWTH = 1.12
+"""The same when the first rate is a likely capacity."""
+FEWEST_MISSES = 2e-4
+"""Share of misses that a run without any stands for."""
+SEEN_THROUGH = 0.03
+"""A run is seen through unless its misses exceed those that the lowest target allows by more than this share."""
 LOWEST_SHARE = 1e-2
 """A system that fails at this share of the first rate has capacity 0."""
 
@@ -32,26 +39,40 @@ class CapacitySearch:
     start_rps: float
     tolerance: float = 0.015
     """Width of the final bracket, relative."""
+    growth: float = FIRST_GROWTH
+    """Factor between the rates that look for a bracket; smaller when the start is a good guess."""
     points: dict[float, float] = field(default_factory=dict)
 
     def find(self, target: float) -> float:
-        """Return the rate, linear between the last that passes and the first that fails; 0 when none passes."""
+        """Return the rate between the last that passes and the first that fails; 0 when none passes."""
         low, high = self._bracket(target)
         while high - low > self.tolerance * high:
-            middle = (low + high) / 2
+            middle = self._next(low, high, target)
             if self._at(middle) >= target:
                 low = middle
             else:
                 high = middle
             if high < LOWEST_SHARE * self.start_rps:
                 return 0.0
-        above, below = self.points[low] - target, target - self.points[high]
-        return low + (high - low) * above / (above + below)
+        return self._crossing(low, high, target)
 
     def _at(self, rate_rps: float) -> float:
         if rate_rps not in self.points:
             self.points[rate_rps] = self.attainment(rate_rps)
         return self.points[rate_rps]
+
+    def _crossing(self, low: float, high: float, target: float) -> float:
+        """Return where the target lies if the logarithm of the misses is linear between two rates, as it nearly is."""
+        below, above, wanted = (math.log(max(1 - s, FEWEST_MISSES)) for s in (self._at(low), self._at(high), target))
+        return low + (high - low) * (wanted - below) / (above - below) if above > below else (low + high) / 2
+
+    def _next(self, low: float, high: float, target: float) -> float:
+        """Return the next rate to try: a little to the far side of the likely crossing, so that the bracket closes."""
+        width = high - low
+        guess = self._crossing(low, high, target) if low else low + width / 2
+        nudge = 0.4 * self.tolerance * high
+        guess += nudge if guess - low < high - guess else -nudge
+        return min(max(guess, low + 0.1 * width), high - 0.1 * width)
 
     def _bracket(self, target: float) -> tuple[float, float]:
         """Return a passing and a failing rate, from known points where possible; 0 passes by definition."""
@@ -60,18 +81,21 @@ class CapacitySearch:
         high = min(failing, default=0.0)
         passing = [rate for rate, share in self.points.items() if share >= target and (not failing or rate < high)]
         low = max(passing, default=0.0)
+        growth = self.growth
         while not high:
-            rate = low * FIRST_GROWTH
+            rate = low * growth
             if self._at(rate) < target:
                 high = rate
             else:
                 low = rate
+            growth = max(growth, FIRST_GROWTH)
         while not low and high > LOWEST_SHARE * self.start_rps:
-            rate = high / FIRST_GROWTH
+            rate = high / growth
             if self._at(rate) >= target:
                 low = rate
             else:
                 high = rate
+            growth = max(growth, FIRST_GROWTH)
         if not low:
             self.points.setdefault(0.0, 1.0)
         return low, high
@@ -86,8 +110,20 @@ def first_guess_rps(setting: Setting) -> float:
     return 0.85 * setting.cluster.instances / seconds
 
 
-def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) -> dict[str, Any]:
-    """Search one system's capacities with one seed; returns plain data."""
+def measure(
+    setting: Setting,
+    name: str,
+    seed: int,
+    targets: Sequence[float],
+    *,
+    start_rps: float = 0.0,
+    tolerance: float = 0.015,
+) -> dict[str, Any]:
+    """Search one system's capacities with one seed; returns plain data.
+
+    Args:
+        start_rps: a capacity that is likely to be near; 0: unknown.
+    """
     started = time.perf_counter()
     config = replace(setting.cluster, seed=seed)
     simulated = 0
@@ -95,11 +131,19 @@ def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) ->
     def attainment(rate_rps: float) -> float:
         nonlocal simulated
         workload = setting.workload(rate_rps, seed)
-        records = simulate(system_named(name), workload, config).records[int(WARMUP_SHARE * len(workload)) :]
+        warmup = int(WARMUP_SHARE * len(workload))
+        enough = int((1 - min(targets) + SEEN_THROUGH) * (len(workload) - warmup))
+        run = simulate(system_named(name), workload, config, enough, warmup)
         simulated += len(workload)
-        return sum(map(attains, records)) / len(records)
+        # A run that was given up attains at most this.
+        return 1 - enough / (len(workload) - warmup) if run.gave_up else share_attaining(run.records[warmup:])
 
-    search = CapacitySearch(attainment, first_guess_rps(setting))
+    search = CapacitySearch(
+        attainment,
+        start_rps or first_guess_rps(setting),
+        tolerance,
+        NEAR_GROWTH if start_rps else FIRST_GROWTH,
+    )
     capacities = {f"{target:g}": search.find(target) for target in targets}
     return {
         "policy": name,
@@ -109,6 +153,11 @@ def measure(setting: Setting, name: str, seed: int, targets: Sequence[float]) ->
         "requests_simulated": simulated,
         "seconds": time.perf_counter() - started,
     }
+
+
+def share_attaining(records: Sequence[RequestRecord]) -> float:
+    """Return joint attainment."""
+    return sum(map(attains, records)) / len(records)
 
 
 def report_at(setting: Setting, name: str, seed: int, rate_rps: float) -> dict[str, Any]:

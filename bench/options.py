@@ -18,8 +18,9 @@ from bench.workloads import SloClass, TraceRow, WorkloadRequest, load_trace, mak
 from services.policy.step_time import PROFILES, StepShape, StepTimeModel
 
 UNLOADED_CHUNK_TOKENS = 2048
-WARMUP_SHARE = 0.05
-"""Share of the requests, first to arrive, that warm the cluster up and are left out of every number."""
+WARMUP_SHARE = 0.2
+"""Share of the requests, first to arrive, that warm the cluster up and are left out of every number: chat keeps adding
+streams for as long as the longest answers run, some 20 s, before the load is what the rate says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ def systems_from(names: str) -> list[str]:
     chosen = list(SYSTEMS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in chosen if not _is_known(name)]
     if unknown or not chosen:
-        known = ", ".join([*SYSTEMS, "vllm-<budget>-<rr|least|work|p2c|edf|sticky>"])
+        dispatches = "rr|least|work|p2c|edf|sticky|headroom|spread|rebalance"
+        known = ", ".join([*SYSTEMS, f"vllm-<budget>-<{dispatches}>", "paper-<budget>"])
         sys.exit(f"error: unknown policies {', '.join(unknown)}; known: {known}")
     return chosen
 
@@ -151,13 +153,17 @@ class UnloadedTtft:
         return total_s
 
 
+def commit_id() -> str:
+    """Return the commit that is checked out; empty outside a repository."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a result file needs to be repeated."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     # Names, not places: a result file says nothing of the machine's folders.
     if "trace" in options:
         options["trace"] = Path(args.trace).name
     for place in ("out", "plot"):
         options.pop(place, None)
-    return {"options": options, "commit": commit, "python": platform.python_version()}
+    return {"options": options, "commit": commit_id(), "python": platform.python_version()}

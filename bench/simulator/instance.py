@@ -46,6 +46,8 @@ class StepReport:
 
     first_tokens: list[SimRequest] = field(default_factory=list)
     """Requests that left the queue of prefills, by a first token or by their only one."""
+    finished: list[SimRequest] = field(default_factory=list)
+    """Requests that generated their last token."""
     requeued: list[SimRequest] = field(default_factory=list)
     """Evicted decodes: back among those whose prefill is not complete."""
     relegated: list[SimRequest] = field(default_factory=list)
@@ -151,7 +153,7 @@ class Instance:
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
         report = self._report
-        report.first_tokens = self.engine.complete(step, now_s)[1]
+        report.finished, report.first_tokens = self.engine.complete(step, now_s)
         resident = self._resident = self._survey(now_s)
         report.decodes, report.decode_context_tokens = resident.load.decodes, resident.load.context_tokens
         report.min_tbt_s = resident.tightest_s if resident.decodes else 0.0

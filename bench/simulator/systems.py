@@ -61,19 +61,36 @@ _DISPATCH = {
     "p2c": ("power_of_two", "power of two choices"),
     "sticky": ("prefix_affine", "prefix owner until saturated"),
     "edf": ("least_requests", "deadline as priority, fewest requests"),
+    "headroom": ("least_predicted_work", "best fit by predicted TTFT with SLO headroom"),
+    "spread": ("least_predicted_work", "most predicted SLO headroom"),
+    "rebalance": ("least_predicted_work", "least predicted work, waiting requests rebalanced by load"),
 }
+_HEADROOM = {"headroom": HeadroomPolicy(), "spread": HeadroomPolicy(pack=False)}
 
 
-def _stock(dispatch: str, tokens: int = 512, **changes: object) -> System:
+def _stock(dispatch: str, tokens: int = 512) -> System:
     placement, words = _DISPATCH[dispatch]
-    base = System(
+    return System(
         summary=f"vLLM, budget {tokens}, {words}",
         placement=placement,
         budget=BudgetPolicy(kind=STATIC, static_tokens=tokens),
         order=None,
         deadline_priority=dispatch == "edf",
+        headroom=_HEADROOM.get(dispatch),
+        rebalance=RebalancePolicy() if dispatch == "rebalance" else None,
     )
-    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def _paper(value_function: str, tokens: int = 512) -> System:
+    return System(
+        summary=f"the paper's recipe: chunk {tokens}, static split, {value_function}, offload, tickets",
+        placement="least_requests",
+        budget=BudgetPolicy(kind=STATIC, static_tokens=tokens),
+        order=OrderPolicy(value_function=value_function, relegation=NONE, pause_started=False),
+        hp_count=default_hp_count,
+        offload=OffloadPolicy(),
+        tickets=TicketPolicy(),
+    )
 
 
 def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
@@ -89,31 +106,11 @@ SYSTEMS: dict[str, System] = {
     "vllm-512-p2c": _stock("p2c"),
     "vllm-512-edf": _stock("edf"),
     "vllm-512-sticky": _stock("sticky"),
-    "headroom": _stock(
-        "work", summary="vLLM, budget 512, best fit by predicted TTFT with SLO headroom", headroom=HeadroomPolicy()
-    ),
-    "headroom-spread": _stock("work", summary="the same, most headroom first", headroom=HeadroomPolicy(pack=False)),
-    "rebalance": _stock(
-        "work", summary="vLLM, budget 512, waiting requests rebalanced by load", rebalance=RebalancePolicy()
-    ),
-    "paper": System(
-        summary="the paper's recipe: chunk 512, static split, least laxity, offload, tickets",
-        placement="least_requests",
-        budget=BudgetPolicy(kind=STATIC, static_tokens=512),
-        order=OrderPolicy(value_function="llf", relegation=NONE, pause_started=False),
-        hp_count=default_hp_count,
-        offload=OffloadPolicy(),
-        tickets=TicketPolicy(),
-    ),
-    "paper-sjf": System(
-        summary="the paper's recipe with shortest prompt first",
-        placement="least_requests",
-        budget=BudgetPolicy(kind=STATIC, static_tokens=512),
-        order=OrderPolicy(value_function="sjf", relegation=NONE, pause_started=False),
-        hp_count=default_hp_count,
-        offload=OffloadPolicy(),
-        tickets=TicketPolicy(),
-    ),
+    "vllm-512-headroom": _stock("headroom"),
+    "vllm-512-spread": _stock("spread"),
+    "vllm-512-rebalance": _stock("rebalance"),
+    "paper": _paper("llf"),
+    "paper-sjf": _paper("sjf"),
     "unified-edf": System(
         summary="one pool, dynamic budget, deadline order", order=OrderPolicy(value_function="edf", relegation=NONE)
     ),
@@ -146,18 +143,24 @@ SYSTEMS: dict[str, System] = {
 
 
 def system_named(name: str) -> System:
-    """Return a system by name; `vllm-<budget>-<dispatch>` works for every budget, to find a baseline's best one.
+    """Return a system by name.
+
+    `vllm-<budget>-<dispatch>` and `paper-<budget>` work for every static budget, to find a baseline's best one.
 
     Raises:
         KeyError: the name is unknown.
     """
     if name in SYSTEMS:
         return SYSTEMS[name]
-    vendor, _, rest = name.partition("-")
+    family, _, rest = name.partition("-")
     tokens, _, dispatch = rest.partition("-")
-    if vendor != "vllm" or not tokens.isdecimal() or int(tokens) < 1 or dispatch not in _DISPATCH:
+    if not tokens.isdecimal() or int(tokens) < 1:
         raise KeyError(name)
-    return _stock(dispatch, int(tokens))
+    if family == "paper" and not dispatch:
+        return _paper("llf", int(tokens))
+    if family == "vllm" and dispatch in _DISPATCH:
+        return _stock(dispatch, int(tokens))
+    raise KeyError(name)
 
 
 @dataclass(slots=True)
@@ -171,6 +174,8 @@ class Run:
     busy_share: float
     """Mean share of time that instances spent in steps, until the last event."""
     hp_instances: int
+    gave_up: bool = False
+    """The run ended early: more misses than it was to see through."""
     moves: int = 0
     refused_moves: int = 0
     ticket_moves: int = 0
@@ -178,8 +183,19 @@ class Run:
     """(Time, number of HPs from then on)."""
 
 
-def simulate(system: System, workload: Sequence[WorkloadRequest], config: ClusterConfig) -> Run:
-    """Serve a workload with a system on a simulated cluster."""
+def simulate(
+    system: System,
+    workload: Sequence[WorkloadRequest],
+    config: ClusterConfig,
+    give_up_after: int | None = None,
+    warmup: int = 0,
+) -> Run:
+    """Serve a workload with a system on a simulated cluster.
+
+    Args:
+        give_up_after: end the run once more requests than this, the first `warmup` aside, are sure to have missed.
+        warmup: requests, first to arrive, whose misses do not count.
+    """
     high = system.hp_count(config.instances) if system.hp_count else 0
     engine = config.engine
     if system.order is None:
@@ -214,7 +230,7 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
             hop_s=2 * config.hop_s,
         )
         states.append(WorkerState(index, view, budget))
-    cluster = Cluster(config, instances)
+    cluster = Cluster(config, instances, give_up_after, warmup)
     router: PlacingRouter | PullingRouter
     order = system.order or OrderPolicy(value_function="fcfs", relegation=NONE)
     if system.late_binding:
@@ -242,6 +258,7 @@ def simulate(system: System, workload: Sequence[WorkloadRequest], config: Cluste
         preemptions=cluster.preemptions,
         busy_share=sum(instance.busy_s for instance in instances) / max(len(instances) * cluster.now_s, 1e-9),
         hp_instances=high,
+        gave_up=cluster.gave_up,
     )
     if isinstance(router, PlacingRouter):
         run.moves, run.refused_moves, run.ticket_moves = router.moves, router.refused_moves, router.ticket_moves

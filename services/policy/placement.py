@@ -131,7 +131,7 @@ def least_requests(
 ) -> tuple[str, str]:
     """Fewest requests, waiting and running."""
     for view, candidate in open_views:
-        candidate.load = len(view.queue) + view.decodes
+        candidate.load = float(len(view.queue) + view.decodes)
     return _least(open_views), "fewest requests"
 
 

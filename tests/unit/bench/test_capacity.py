@@ -77,7 +77,7 @@ def test_simulate_command(trace: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ]
     )
     assert "joint attainment" in capsys.readouterr().out
-    assert json.loads(out.read_text())["report"]["requests"] == 95
+    assert json.loads(out.read_text())["report"]["requests"] == 80
     assert picture.stat().st_size > 1000
 
 
