@@ -88,17 +88,22 @@ class CapacitySearch:
                 high = rate
             else:
                 low = rate
-            growth = max(growth, FIRST_GROWTH)
+            growth = _wider(growth)
         while not low and high > LOWEST_SHARE * self.start_rps:
             rate = high / growth
             if self._at(rate) >= target:
                 low = rate
             else:
                 high = rate
-            growth = max(growth, FIRST_GROWTH)
+            growth = _wider(growth)
         if not low:
             self.points.setdefault(0.0, 1.0)
         return low, high
+
+
+def _wider(growth: float) -> float:
+    """Return the next factor between rates that look for a bracket: one far from the first rate is soon found."""
+    return min(max(growth * math.sqrt(growth), FIRST_GROWTH), 3.0)
 
 
 def first_guess_rps(setting: Setting) -> float:

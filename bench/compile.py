@@ -14,7 +14,7 @@ BUILD = Path(".cache/compiled")
 MODULES = (
     *(f"services/policy/{name}.py" for name in ("state", "step_time", "step_fit", "prefill", "token_budget", "order")),
     *(f"services/policy/{name}.py" for name in ("relegation", "value_functions", "elastic_batch", "offload")),
-    *(f"services/policy/{name}.py" for name in ("tickets", "placement")),
+    *(f"services/policy/{name}.py" for name in ("tickets", "placement", "late_binding", "roles", "admission")),
     *(f"bench/simulator/{name}.py" for name in ("request", "engine", "instance", "cluster", "router", "pulling")),
     *(f"bench/{name}.py" for name in ("metrics", "workloads")),
 )

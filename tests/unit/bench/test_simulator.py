@@ -145,7 +145,7 @@ def test_a_single_instance_is_enough(name: str) -> None:
 
 def test_rescue_moves_between_peers() -> None:
     """Without any HP instance, a request that would miss where it waits still finds another."""
-    assert simulate(SYSTEMS["ascendra-pool"], workload(16.0, 600), ClusterConfig(instances=3)).moves > 0
+    assert simulate(SYSTEMS["ascendra-pool"], workload(22.0, 500), ClusterConfig(instances=3)).moves > 0
 
 
 def test_hps_follow_the_pressure_both_ways() -> None:
