@@ -35,7 +35,7 @@ from tests.unit.deploy.images import CONFIG_FOLDER, CONFIG_TYPES, ROOT, port_of,
 
 every_example = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem.removesuffix("-values"))
 GPU, MULTI_NODE = (CHART / f"ci/{name}-values.yaml" for name in ("gpu", "multi-node"))
-CUSTOM_KINDS = {"PodMonitor", "ScaledObject", "LeaderWorkerSet", "Certificate"}
+CUSTOM_KINDS = {"PodMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet", "Certificate"}
 """Kinds of operators, which Kubernetes' own schemas do not know."""
 SERVICES = {module.removeprefix("services."): config_type for module, config_type in CONFIG_TYPES.items()}
 
@@ -342,6 +342,23 @@ def test_scraped_ports_exist() -> None:
             if matches(monitor["spec"]["selector"]["matchLabels"], template):
                 assert endpoint["port"] in {port["name"] for port in container["ports"]}
         assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_rules_find_what_is_scraped() -> None:
+    """The rules are those of deploy/prometheus, and the jobs they name are the ones that the monitors make."""
+    [rules] = of_kind(render(GPU), "PrometheusRule")
+    files = [yaml.safe_load(file.read_text()) for file in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))]
+    assert rules["spec"]["groups"] == [group for file in files for group in file["groups"]]
+    jobs = {
+        relabeling["replacement"]
+        for monitor in of_kind(render(GPU), "PodMonitor")
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]
+        for relabeling in endpoint["relabelings"]
+        if relabeling["targetLabel"] == "job"
+    }
+    named = set(re.findall(r'job="([^"]+)"', str(rules["spec"]["groups"])))
+    assert named
+    assert named <= jobs
 
 
 @every_example
