@@ -35,6 +35,8 @@ from tests.unit.deploy.images import CONFIG_FOLDER, CONFIG_TYPES, ROOT, port_of,
 
 every_example = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem.removesuffix("-values"))
 GPU, MULTI_NODE = (CHART / f"ci/{name}-values.yaml" for name in ("gpu", "multi-node"))
+KUBERNETES = ("1.27", "1.37")
+"""The oldest version that the chart accepts, and a present one."""
 CUSTOM_KINDS = {"PodMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet", "Certificate"}
 """Kinds of operators, which Kubernetes' own schemas do not know."""
 SERVICES = {module.removeprefix("services."): config_type for module, config_type in CONFIG_TYPES.items()}
@@ -82,7 +84,8 @@ def test_objects_follow_the_schemas_of_kubernetes(values: Path) -> None:
     objects = render(values)
     for found in objects:
         if found["kind"] not in CUSTOM_KINDS:
-            kubernetes_validate.validate(dict(found), "1.34", strict=True)
+            for version in KUBERNETES:
+                kubernetes_validate.validate(dict(found), version, strict=True)
         assert len(name_of(found)) <= 63
         assert found["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
     assert len({(found["kind"], name_of(found)) for found in objects}) == len(objects)
@@ -419,6 +422,7 @@ def test_chart_is_of_this_version() -> None:
     """The images that the chart asks for by default are this version's."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == ascendra.__version__
+    assert chart["kubeVersion"] == f">={KUBERNETES[0]}.0-0"
 
 
 def test_notes_tell_how_to_reach_it() -> None:
