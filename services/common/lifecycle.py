@@ -1,7 +1,9 @@
 """Running a service: uvloop, signals that ask it to stop, a ready line on stdout."""
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,12 +15,17 @@ from services.common.logging import get_logger
 
 log = get_logger()
 
+OPEN_FILES = 1 << 16
+"""Files and sockets that a service may have open, where the system lets it: a stream is a socket, and 1,024 are few."""
+
 
 def run_service(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Run `main(stop)` on uvloop; SIGTERM and SIGINT set `stop`. Returns the exit status of `main`.
 
     `main` drains when `stop` is set; a second signal ends the process at once with status 1.
     """
+
+    allow_open_files(OPEN_FILES)
 
     async def run() -> int:
         stop = asyncio.Event()
@@ -37,6 +44,15 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
+
+
+def allow_open_files(most: int) -> None:
+    """Raise this process's limit of open files to `most`, or as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def announce_ready(service: str, **details: object) -> None:

@@ -105,6 +105,9 @@ class Ingress:
         check_ids("tokens.token_ids", prompt, limits)
         sampling = common_pb2.SamplingParameters()
         sampling.CopyFrom(message.sampling)
+        for name, value in self._codec.sampling_defaults.items():
+            if not sampling.HasField(name):
+                setattr(sampling, name, value)
         sampling.max_tokens = token_limits(sampling, len(prompt) // 4, limits)
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(63)

@@ -18,6 +18,13 @@ from services.router.chat_template import ChatTemplate, Message
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
+_SAMPLING_DEFAULTS: dict[str, type[int] | type[float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+}
 
 
 class IncrementalDecoder(Protocol):
@@ -126,7 +133,7 @@ class TextStream:
 
         Args:
             stops: strings that end it; the match that is complete first counts.
-            min_tokens: a match that is complete within fewer tokens is not one.
+            min_tokens: a match that is complete within so many tokens is not one, as in vLLM.
             include_stop: return the stop string as part of the text.
         """
         self._decoder = decoder
@@ -175,7 +182,7 @@ class TextStream:
     def _scan(self, new: str) -> str:
         """Return the text that can no longer be part of a stop string, and hold the rest back."""
         before, text = len(self._held), self._held + new
-        if self._tokens >= self._min_tokens:
+        if self._tokens > self._min_tokens:
             match = self._first_match(text, before)
             if match is not None:
                 start, self.stop_string = match
@@ -229,6 +236,12 @@ class TextCodec:
         generation = _read_json(directory / "generation_config.json")
         self.eos_token_ids = _eos_ids(self._tokenizer, settings, model, generation)
         """Ids that end a text."""
+        self.sampling_defaults = {
+            name: kind(generation[name])
+            for name, kind in _SAMPLING_DEFAULTS.items()
+            if isinstance(generation.get(name), (int, float))
+        }
+        """What generation_config.json recommends to requests that say nothing, as vLLM applies it."""
         self.max_model_len = int(model.get("max_position_embeddings") or 0)
         """Context length that the model's configuration states; 0: not stated."""
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)

@@ -1,6 +1,7 @@
 """Text from tokens: exact for every tokenizer family, however the tokens are split; stop strings held back."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -117,11 +118,12 @@ def test_no_part_of_a_stop_string_is_ever_shown(codecs: dict[str, TextCodec], te
 
 
 def test_min_tokens_lets_early_matches_pass(codecs: dict[str, TextCodec]) -> None:
-    """A match complete before min_tokens is plain text; the next one counts."""
+    """A match complete within min_tokens is plain text, also one of the last of them; the next one counts."""
     codec = codecs["byte_level"]
     token_ids = [codec._tokenizer.token_to_id(symbol) for symbol in "abXcdX"]
-    stream = TextStream(codec.decoder(), ["X"], min_tokens=4)
-    assert run(stream, [token_ids]) == ("abXcd", 6)
+    for min_tokens in (3, 4):
+        stream = TextStream(codec.decoder(), ["X"], min_tokens=min_tokens)
+        assert run(stream, [token_ids]) == ("abXcd", 6)
 
 
 def test_a_stop_token_is_silent_when_asked(codecs: dict[str, TextCodec]) -> None:
@@ -169,3 +171,22 @@ async def test_encoding_does_not_block_the_loop_and_is_bounded(tmp_path: Path) -
         await codec.encode("more")
     assert all(len(ids) > 100_000 for ids in await asyncio.gather(*tasks))
     codec.close()
+
+
+def test_sampling_defaults_are_what_the_model_recommends(tmp_path: Path) -> None:
+    """generation_config.json says how to sample when a request does not; what is no number is left out."""
+    directory = write_byte_level(tmp_path / "model")
+    assert TextCodec(directory).sampling_defaults == {}
+    recommended = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "repetition_penalty": 1}
+    (directory / "generation_config.json").write_text(json.dumps(recommended))
+    assert TextCodec(directory).sampling_defaults == {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize("family", ["byte_level", "byte_fallback", "word_piece"])
+def test_tokens_by_themselves(codecs: dict[str, TextCodec], family: str) -> None:
+    """The bytes of tokens put together are the text, a special token is spelt out, an unknown one is empty."""
+    codec = codecs[family]
+    ids = np.frombuffer(asyncio.run(codec.encode("the cat", special_tokens=False)), dtype="<u4").tolist()
+    spelt = b"".join(codec.token_bytes(token_id) for token_id in ids).decode()
+    assert spelt.strip().replace(" ", "") == "thecat"
+    assert codec.token_bytes(10**6) == b""
