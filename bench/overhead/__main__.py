@@ -49,6 +49,8 @@ class Cell:
     router_us_per_token: float
     worker_us_per_token: float
     client_us_per_token: float
+    gateway_us_per_token: float
+    """0 for clients that do not pass through one."""
     router_rss_mib: float
     errors: int
 
@@ -57,7 +59,7 @@ async def measure(cluster: Cluster, client: str, streams: int, seconds: float, r
     """Run one cell: start the streams, let them settle, watch them for `seconds`, stop them."""
     tokens = int((seconds + SETTLE_S + 60) * cluster.steps_per_s)
     arrivals = Arrivals(run=f"{client}-{streams}-{repetition}")
-    addresses = cluster.worker_addresses if client == "direct" else cluster.router_addresses
+    addresses = cluster.addresses(client)
     async with AsyncExitStack() as stack:
         metronomes = [await stack.enter_async_context(metronome(address)) for address in cluster.worker_addresses]
         load = asyncio.create_task(CLIENTS[client](addresses, streams, tokens, not text, arrivals))
@@ -73,7 +75,7 @@ async def measure(cluster: Cluster, client: str, streams: int, seconds: float, r
     steps = [np.frombuffer(beats) for beats in metronomes]
     homes = [stream % len(addresses) for stream in range(streams)]
     if client != "direct":
-        homes = await homes_of(addresses, arrivals, streams)
+        homes = await homes_of(cluster.router_addresses, arrivals, streams)
     return summarise(cluster, client, streams, repetition, arrivals, (steps, homes), (before, after), (from_s, until_s))
 
 
@@ -156,6 +158,7 @@ def summarise(
         router_us_per_token=spent["router"] / tokens * 1e6,
         worker_us_per_token=spent["worker"] / tokens * 1e6,
         client_us_per_token=spent["client"] / tokens * 1e6,
+        gateway_us_per_token=spent["gateway"] / tokens * 1e6,
         router_rss_mib=cluster.router_rss_mib(),
         errors=len(arrivals.errors),
     )
@@ -198,7 +201,9 @@ async def run(arguments: argparse.Namespace) -> list[Cell]:
     for routers in arguments.routers:
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(
-                running_cluster(arguments.model, arguments.workers, routers, arguments.step_ms)
+                running_cluster(
+                    arguments.model, arguments.workers, routers, arguments.step_ms, gateways="sse" in arguments.clients
+                )
             )
             for repetition in range(arguments.repetitions):
                 for streams in arguments.streams:
@@ -216,7 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[32, 128, 500], help="concurrent streams")
     parser.add_argument("--workers", type=int, default=8, help="emulated workers")
     parser.add_argument("--routers", type=int, nargs="+", default=[1, 2], help="router processes")
-    parser.add_argument("--clients", nargs="+", default=list(CLIENTS), choices=list(CLIENTS))
+    parser.add_argument("--clients", nargs="+", default=["direct", "generate", "session"], choices=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=10.0, help="watched time of a cell, in seconds")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--step-ms", type=float, default=1000 / 30, help="step time of the emulated engine")

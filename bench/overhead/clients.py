@@ -1,4 +1,4 @@
-"""The three clients that are compared: straight on the worker, plain Generate, and one Session.
+"""The clients that are compared: straight on the worker, plain Generate, one Session, and SSE through a gateway.
 
 Each keeps `streams` requests running and notes when each token reaches it. They are as lean as Python allows, so that
 what they share (the machine) is left to what is measured.
@@ -6,6 +6,8 @@ what they share (the machine) is left to what is measured.
 
 import array
 import asyncio
+import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -183,4 +185,55 @@ def note_session(message: inference_pb2.SessionResponse, arrivals: Arrivals) -> 
     arrivals.errors.extend(error.message for error in message.errors)
 
 
-CLIENTS: dict[str, Client] = {"direct": direct, "generate": generate, "session": session}
+async def sse(addresses: Sequence[str], streams: int, tokens: int, tokens_only: bool, arrivals: Arrivals) -> None:
+    """One HTTP connection a stream, spread over the gateways; its text is always made."""
+    arrivals.times = [array.array("d") for _ in range(streams)]
+
+    async def one(stream: int) -> None:
+        times = arrivals.times[stream]
+        async with http_connection(addresses[stream % len(addresses)]) as (reader, writer):
+            writer.write(completion_request(arrivals.request_id(stream), prompt_of(stream), tokens))
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    times.append(time.monotonic())
+                    if b'"error"' in line:
+                        arrivals.errors.append(line.decode())
+                elif line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200 "):
+                    arrivals.errors.append(line.decode())
+
+    async with asyncio.TaskGroup() as group:
+        for stream in range(streams):
+            group.create_task(one(stream))
+
+
+@contextlib.asynccontextmanager
+async def http_connection(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection; it is reset at the end, as by a client that is killed."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def completion_request(request_id: str, prompt: Sequence[int], tokens: int) -> bytes:
+    """Return an HTTP request for a streamed completion of exactly so many tokens, with its usage."""
+    body = {
+        "prompt": list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    content = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        f"x-slo-ttft-ms: 60000\r\nx-slo-tpot-ms: 5000\r\nx-request-id: {request_id}\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+CLIENTS: dict[str, Client] = {"direct": direct, "generate": generate, "session": session, "sse": sse}

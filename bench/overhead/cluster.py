@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -22,15 +22,27 @@ class Cluster:
     worker_pids: list[int]
     router_pids: list[int]
     steps_per_s: float
+    gateway_addresses: list[str] = field(default_factory=list)
+    gateway_pids: list[int] = field(default_factory=list)
+
+    def addresses(self, client: str) -> list[str]:
+        """Return where a client connects."""
+        return {"direct": self.worker_addresses, "sse": self.gateway_addresses}.get(client, self.router_addresses)
 
     def cpu_s(self) -> dict[str, float]:
         """Return the CPU seconds spent so far by routers, worker (front end and engine) and this client."""
         groups = {"router": self.router_pids, "worker": self.worker_pids, "client": [psutil.Process().pid]}
+        groups["gateway"] = self.gateway_pids
         return {name: sum(_cpu_s(pid) for pid in pids) for name, pids in groups.items()}
 
     def router_rss_mib(self) -> float:
         """Return the resident memory of the largest router."""
-        return max(float(psutil.Process(pid).memory_info().rss) for pid in self.router_pids) / 2**20
+        return max(map(rss_mib, self.router_pids))
+
+
+def rss_mib(pid: int) -> float:
+    """Return the resident memory of a process."""
+    return float(psutil.Process(pid).memory_info().rss) / 2**20
 
 
 def _cpu_s(pid: int) -> float:
@@ -39,8 +51,10 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(model: Path, workers: int, routers: int, step_ms: float) -> AsyncIterator[Cluster]:
-    """Start workers whose every step takes step_ms, and routers in front of them; stop them at the end."""
+async def running_cluster(
+    model: Path, workers: int, routers: int, step_ms: float, *, gateways: int = 0
+) -> AsyncIterator[Cluster]:
+    """Start workers whose every step takes step_ms, routers and gateways in front of them; stop them at the end."""
     async with Processes() as processes:
         profile = processes.folder / "profile.json"
         profile.write_text(json.dumps(constant_profile(step_ms).to_dict()))
@@ -59,12 +73,19 @@ async def running_cluster(model: Path, workers: int, routers: int, step_ms: floa
             )
             for _ in range(routers)
         ]
+        router_addresses = [address for address, _ in started]
+        doors = [
+            await processes.start_service("services.gateway", {"listen": "127.0.0.1:0", "routers": router_addresses})
+            for _ in range(gateways)
+        ]
         yield Cluster(
             worker_addresses=addresses,
-            router_addresses=[address for address, _ in started],
+            router_addresses=router_addresses,
             worker_pids=worker_pids,
             router_pids=[pid for _, pid in started],
             steps_per_s=1000 / step_ms,
+            gateway_addresses=[address for address, _ in doors],
+            gateway_pids=[pid for _, pid in doors],
         )
 
 
