@@ -24,6 +24,7 @@ from bench.workloads import load_trace, slo_set
 TARGETS = (0.99, 0.9)
 SEEDS = (101, 102, 103)
 """Not used while tuning."""
+TOLERANCE = 0.02
 OVERLOAD = 1.2
 KNEE = "unified"
 """The system whose 99% capacity, times OVERLOAD, is the load at which every system is reported in full."""
@@ -43,7 +44,7 @@ class Workload:
     slo: str
     budgets: tuple[int, ...] = (256, 512, 1024, 2048)
     """Static budgets among which each baseline has its best."""
-    requests: int = 4000
+    requests: int = 3000
     """0: the whole trace, in its time."""
 
     @property
@@ -192,7 +193,9 @@ def run(setting: Setting, results: Results, system: str, seed: int) -> None:
     """Measure one system at one seed, and report it beyond the knee."""
     name = results.path.stem
     if results.entry(system, seed) is None:
-        found = measure(setting, system, seed, TARGETS, start_rps=likely_rps(results, system, seed))
+        found = measure(
+            setting, system, seed, TARGETS, start_rps=likely_rps(results, system, seed), tolerance=TOLERANCE
+        )
         results.document["results"].append({**found, "commit": commit_id()})
         results.save()
         rates = " ".join(f"@{target} {rate:.2f}" for target, rate in found["capacity_rps"].items())

@@ -312,16 +312,18 @@ class PlacingRouter:
             for state in self._low
             if state.work_s > state.pace.capacity_s
         }
-        if not backlogs_s:
-            return
-        for ticket in ledger.grant(backlogs_s, 0.1, now_s):
-            holder = self._by_id[ticket.holder]
-            ordered = [request for request in self._ordered(holder, now_s) if not request.moving]
-            chosen = choose_for_ticket(ordered, holder.pace.budget_tokens)
-            if isinstance(chosen, SimRequest) and ledger.redeem(ticket.ticket_id, now_s):
-                chosen.ticketed = True
-                self.ticket_moves += 1
-                self._move(chosen, self._by_id[ticket.issuer])
+        while backlogs_s and (granted := ledger.grant(backlogs_s, 0.1, now_s)):
+            for ticket in granted:
+                holder = self._by_id[ticket.holder]
+                ordered = [request for request in self._ordered(holder, now_s) if not request.moving]
+                chosen = choose_for_ticket(ordered, holder.pace.budget_tokens)
+                if chosen is None:
+                    ledger.release(ticket.ticket_id)
+                    backlogs_s.pop(ticket.holder, None)
+                elif isinstance(chosen, SimRequest) and ledger.redeem(ticket.ticket_id, now_s):
+                    chosen.ticketed = True
+                    self.ticket_moves += 1
+                    self._move(chosen, self._by_id[ticket.issuer])
 
     def _rebalance(self, policy: RebalancePolicy, now_s: float) -> None:
         if now_s - self._rebalanced_s < policy.interval_s:

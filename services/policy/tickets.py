@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.policy.state import InstanceView, QueuedRequest
 from services.policy.step_time import StepShape
@@ -102,7 +102,7 @@ class TicketLedger:
             left_s[holder] -= max(request_s, 1e-6)
             if left_s[holder] <= 0:
                 del left_s[holder]
-            held = Ticket(ticket.ticket_id, ticket.issuer, ticket.expires_s, holder)
+            held = replace(ticket, holder=holder)
             self._live[ticket.ticket_id] = held
             granted.append(held)
         return granted
@@ -115,6 +115,11 @@ class TicketLedger:
             return False
         del self._live[ticket_id]
         return True
+
+    def release(self, ticket_id: int) -> None:
+        """Take a granted ticket back from an instance that has nothing to give for it; another may get it."""
+        if ticket := self._live.get(ticket_id):
+            self._live[ticket_id] = replace(ticket, holder="")
 
     def revoke(self, issuer: str) -> int:
         """Void all tickets of an instance (urgent work arrived, or it is gone) and return how many there were."""

@@ -264,25 +264,31 @@ class Rebalancer:
             for queue in queues
             if any(not queued.started for queued in queue.ordered)
         }
-        if not backlogs_s:
-            return
         waiting = sum(len(queue.ordered) for queue in queues)
-        granted = self._ledger.grant(backlogs_s, sum(backlogs_s.values()) / max(waiting, 1), now_s)
-        metrics.TICKETS.labels("granted").inc(len(granted))
+        request_s = sum(backlogs_s.values()) / max(waiting, 1)
         by_id = {queue.link.worker_id: queue for queue in queues}
         targets = {link.worker_id: link for link in high}
-        for ticket in granted:
-            queue, target = by_id[ticket.holder], targets.get(ticket.issuer)
-            if target is None:  # it left since it issued the ticket
-                continue
-            open_ = [q for q in queue.ordered if self._may_leave(queue, q)]
-            chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
-            if chosen is None or not self._ledger.redeem(ticket.ticket_id, now_s):
-                continue
-            metrics.TICKETS.labels("redeemed").inc()
-            predicted = self._newcomer_ahead(target, now_s).estimate(chosen)
-            placed, numbers = queue.placed[chosen.request_id], (predicted.mean_s, predicted.wait_s)
-            self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
+        while backlogs_s and (granted := self._ledger.grant(backlogs_s, request_s, now_s)):
+            metrics.TICKETS.labels("granted").inc(len(granted))
+            for ticket in granted:
+                queue, target = by_id[ticket.holder], targets.get(ticket.issuer)
+                if target is None:  # it left since it issued the ticket
+                    self._ledger.revoke(ticket.issuer)
+                    continue
+                open_ = [q for q in queue.ordered if self._may_leave(queue, q)]
+                chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
+                if chosen is None:
+                    self._ledger.release(ticket.ticket_id)
+                    backlogs_s.pop(ticket.holder, None)
+                elif self._ledger.redeem(ticket.ticket_id, now_s):
+                    metrics.TICKETS.labels("redeemed").inc()
+                    self._draw(queue, chosen, target, now_s)
+
+    def _draw(self, queue: _Queue, chosen: QueuedRequest, target: WorkerLink, now_s: float) -> None:
+        """Move a waiting request for a ticket."""
+        predicted = self._newcomer_ahead(target, now_s).estimate(chosen)
+        placed, numbers = queue.placed[chosen.request_id], (predicted.mean_s, predicted.wait_s)
+        self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
 
     def _newcomer_ahead(self, link: WorkerLink, now_s: float) -> Ahead:
         return newcomer_ahead(self._dispatcher.view(link, now_s), link.instance.budget)

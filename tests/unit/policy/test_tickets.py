@@ -42,6 +42,20 @@ def test_tickets_spread_as_backlogs_fall() -> None:
     assert sorted(ticket.holder for ticket in granted) == ["lp1", "lp1", "lp2"]
 
 
+def test_an_instance_with_nothing_to_give_blocks_no_ticket() -> None:
+    """What it releases goes to the next most backlogged at once, not when the lease is over."""
+    ledger = TicketLedger(POLICY)
+    ledger.issue([instance()], 0.1, 0.0)
+    for ticket in ledger.grant({"lp1": 5.0, "lp2": 0.5}, 0.1, 0.0):
+        assert ticket.holder == "lp1"
+        ledger.release(ticket.ticket_id)
+    again = ledger.grant({"lp2": 0.5}, 0.1, 0.0)
+    assert [ticket.holder for ticket in again] == ["lp2", "lp2"]
+    assert ledger.redeem(again[0].ticket_id, 0.1)
+    ledger.release(again[0].ticket_id)
+    assert ledger.live("hp", 0.1) == 1
+
+
 def test_urgent_arrival_revokes() -> None:
     """An instance with urgent work issues none and loses those it had."""
     ledger = TicketLedger(POLICY)
