@@ -70,21 +70,24 @@ class Processes:
     async def _start(
         self, module: str, flags: list[str], *, ready: int
     ) -> tuple[asyncio.subprocess.Process, list[dict[str, Any]]]:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, *flags),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        log_file = self.folder / f"{module}-{len(self._started)}.log"
+        with log_file.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", module, *flags), stdout=asyncio.subprocess.PIPE, stderr=log
+            )
         self._started.append(process)
         assert process.stdout is not None
         events: list[dict[str, Any]] = []
         async with asyncio.timeout(READY_TIMEOUT_S):
             while len(events) < ready and (line := await process.stdout.readline()):
+                if not line.startswith(b"{"):
+                    continue  # engines print lines of their own
                 event = json.loads(line)
                 if event.get("event") in ("ready", "worker_ready"):
                     events.append(event)
         if len(events) < ready:
-            raise RuntimeError(f"{module} ended with status {await process.wait()} before it was ready")
+            tail = log_file.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{module} ended with status {await process.wait()} before it was ready:\n{tail}")
         self._readers.append(asyncio.create_task(_drop(process.stdout)))
         return process, events
 

@@ -194,7 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--demo-model", type=Path, required=True, help="for its tokenizer (see demo/)")
     parser.add_argument("--model-dir", type=Path, default=Path(".cache"), help="where the random model is kept")
-    parser.add_argument("--shape", default="m40", choices=SHAPES)
+    parser.add_argument("--shape", default="m30", choices=SHAPES)
     parser.add_argument("--static", type=int, nargs="+", default=[2048, 512], help="static budgets, in tokens")
     parser.add_argument("--tbt-ms", type=float, default=200.0, help="objective that the dynamic budget keeps")
     parser.add_argument("--streams", type=int, default=6, help="streams that decode")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 SHAPES = {
     # name: (hidden size, layers, heads, intermediate size)
-    "m40": (512, 8, 8, 1408),
-    "m110": (768, 12, 12, 2048),
+    "m30": (512, 8, 8, 1408),
+    "m110": (768, 15, 12, 2048),
 }
+"""25 and 109 million parameters beside the embedding of 4,096 tokens, that of the tokenizer."""
 CONTEXT_TOKENS = 4096
-VOCAB_SIZE = 32_000
+VOCAB_SIZE = 4096
 
 
 def random_model(name: str, demo_model: Path, directory: Path) -> Path:

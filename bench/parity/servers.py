@@ -25,7 +25,14 @@ _START_TIMEOUT_S = 900.0
 
 
 @contextlib.asynccontextmanager
-async def vllm_server(model: Path) -> AsyncIterator[str]:
+async def vllm_server(
+    model: Path,
+    *,
+    max_model_len: int = MAX_MODEL_LEN,
+    max_num_seqs: int = MAX_NUM_SEQS,
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+    kv_cache_bytes: int = KV_CACHE_BYTES,
+) -> AsyncIterator[str]:
     """Run `vllm serve` on the CPU and yield its URL. Raises RuntimeError with its log when it does not start."""
     with tempfile.TemporaryDirectory(prefix="ascendra-parity-") as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,9 +44,9 @@ async def vllm_server(model: Path) -> AsyncIterator[str]:
                 *(shutil.which("vllm", path=Path(sys.executable).parent) or "vllm", "serve", str(model)),
                 *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"),
-                *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
-                *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
-                *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+                *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
+                *("--max-num-batched-tokens", str(max_num_batched_tokens)),
+                *("--kv-cache-memory-bytes", str(kv_cache_bytes)),
                 env={**os.environ, **vllm_environment(Path(folder))},
                 stdout=log,
                 stderr=log,

@@ -343,12 +343,13 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
 def _can_transfer_kv(engine: str) -> bool:
     from services.worker.engine.core.compatibility import kv_transfer_mismatches
 
-    mismatches = kv_transfer_mismatches()
+    mismatches = []
     if engine == "cpu":
         try:
-            provide_nixl()
+            provide_nixl()  # before anything imports the connector, which looks for it once
         except ImportError as error:
             mismatches.append(f"NIXL does not load: {error}")
+    mismatches += kv_transfer_mismatches()
     for mismatch in mismatches:
         log.warning("kv_transfer_off", vllm=vllm.__version__, what=mismatch)
     return not mismatches
