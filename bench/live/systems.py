@@ -52,6 +52,7 @@ STATIC_BUDGETS = (2048, 1024, 896, 768, 640, 512, 256)
 SYSTEMS: dict[str, System] = {
     **{f"vllm-rr-{tokens}": _stock("round_robin", tokens) for tokens in STATIC_BUDGETS},
     **{f"vllm-least-{tokens}": _stock("least_requests", tokens) for tokens in STATIC_BUDGETS},
+    **{f"vllm-work-{tokens}": _stock("least_predicted_work", tokens) for tokens in STATIC_BUDGETS},
     "unified": System(hp=0),
     "ascendra": System(),
     "ascendra-2hp": System(hp=2),
@@ -78,7 +79,7 @@ SYSTEMS: dict[str, System] = {
 DEFAULT_ORDER = "ascendra-edf"
 """The same as "ascendra": edf is the default value function."""
 TABLE = [
-    *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-512", "vllm-least-768", "vllm-least-512", "paper", "unified"),
+    *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-512", "vllm-least-512", "vllm-work-768", "paper", "unified"),
     *("ascendra", "ascendra-2hp"),
     *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
     "ascendra-no-relegation",

@@ -34,6 +34,7 @@ class TokenHistory:
         ids = np.asarray(token_ids, dtype=np.uint64) + np.uint64(1)
         self.length = len(token_ids)
         self._hash = int((ids * _powers(self.length)).sum(dtype=np.uint64))
+        self._power = pow(_POWER_BASE, self.length, 1 << 64)
 
     def next_token(self, vocab_size: int) -> int:
         """Return the next token and add it to the history."""
@@ -41,7 +42,8 @@ class TokenHistory:
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK_64
         token = FIRST_ORDINARY_TOKEN + (mixed ^ (mixed >> 31)) % (vocab_size - FIRST_ORDINARY_TOKEN)
-        self._hash = (self._hash + (token + 1) * pow(_POWER_BASE, self.length, 1 << 64)) & _MASK_64
+        self._hash = (self._hash + (token + 1) * self._power) & _MASK_64
+        self._power = self._power * _POWER_BASE & _MASK_64
         self.length += 1
         return token
 
