@@ -12,6 +12,7 @@ from typing import Any
 from bench.live.__main__ import table as live_table
 from bench.overhead.__main__ import Cell
 from bench.overhead.__main__ import table as overhead_table
+from bench.roles import table as roles_table
 
 RESULTS = Path("bench/results")
 TEXT = Path("bench/report_text.md")
@@ -89,6 +90,13 @@ def live_section(documents: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([*lines, live_table(results)])
 
 
+def roles_section(document: dict[str, Any]) -> str:
+    """Render the study of splits."""
+    return (
+        f"{settings_line('bench.roles', document['options'], document['commit'])}\n\n{roles_table(document['results'])}"
+    )
+
+
 def overhead_section(document: dict[str, Any]) -> str:
     """Render an overhead run."""
     return overhead_table([Cell(**cell) for cell in document["cells"]])
@@ -108,6 +116,8 @@ def render() -> str:
         key = name.replace("-", "_")
         if name.startswith("capacity"):
             sections[key] = capacity_section(read(name))
+        elif name.startswith("roles"):
+            sections[key] = roles_section(read(name))
         elif name.startswith("overhead"):
             sections[key] = overhead_section(read(name))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
