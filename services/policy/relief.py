@@ -89,9 +89,12 @@ class Cadence:
         return max(self._step_s(1, stream.context_tokens, queued, tbt_s), self.observed_gap_s)
 
     def replay_s(self, stream: RunningStream) -> float:
-        """Return the seconds until a stream's next token if its context is computed anew here, behind what waits."""
+        """Return the seconds until a stream's next token if its context is computed anew here.
+
+        Streams that began elsewhere come before all that waits (services.policy.order), one after the other.
+        """
         pace = self._pace(0, 0, self.view.min_tbt_s)
-        ahead_s = sum(map(pace.remaining_work_s, self.view.queue))
+        ahead_s = sum(pace.remaining_work_s(request) for request in self.view.queue if request.continued)
         return self.view.hop_s + pace.finish_s(ahead_s + pace.work_s(stream.context_tokens))
 
     def room_for(self, stream: RunningStream, policy: ReliefPolicy) -> bool:

@@ -107,6 +107,29 @@ async def test_a_stalled_engine_is_left(tokenizer_directory: Path) -> None:
     assert "stand still" in done.finished.receipt.attempts[1].reason
 
 
+async def test_a_stream_says_when_less_was_kept_than_promised(tokenizer_directory: Path) -> None:
+    """Exact while all workers keep everything; continuous in the receipt once it went on where logits differ."""
+    one = ScriptedWorker("one")
+    keeps = worker_pb2.Continuation(keyed_noise=True, carried_penalties=True, dtype="bfloat16")
+    two = ScriptedWorker("two", continuation=keeps)
+    one.step_s = 0.01
+    async with cluster(tokenizer_directory, one) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=200)))
+        await until_tokens(router, 5)
+        await two.start()
+        router.router.pool.register(two.address, 60.0)
+        await router.attached(2)
+        later = await router.collect(text_request(max_tokens=1))
+        await one.stop()
+        done = await task
+        await two.stop()
+    assert done.token_ids == EXPECTED[:200]
+    assert done.accepted.move_contract == common_pb2.MOVE_CONTRACT_EXACT
+    assert done.finished.receipt.move_contract == common_pb2.MOVE_CONTRACT_CONTINUOUS
+    assert later.accepted.move_contract == common_pb2.MOVE_CONTRACT_CONTINUOUS
+    assert "bfloat16" in later.accepted.move_contract_reason
+
+
 async def test_pinned_streams_end_with_a_hint(tokenizer_directory: Path) -> None:
     """Guided decoding is not moved after its first token: UNAVAILABLE, not safe to retry blindly."""
     worker = ScriptedWorker()
