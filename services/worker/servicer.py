@@ -278,10 +278,10 @@ class Attachment:
             await self._release_kv([asked.handle])
             self._outbox.put(failed(asked.handle, UNAVAILABLE, "its last tokens did not come", "KV_EXPORT"))
             return
-        await self._worker.abort([live])
         answer.kv_handle = exported.handle
         answer.next_offset = live.first_offset + live.delivered_tokens
         self._outbox.put(worker_pb2.AttachResponse(kv_exported=answer))
+        await self._worker.abort([live])  # the engine has let go of it; its front end has not
 
     async def _release_kv(self, handles: Iterable[int]) -> None:
         ids = [engine_id for handle in handles if (engine_id := self._exported.pop(handle, None)) is not None]
