@@ -124,9 +124,9 @@ class Client:
         finally:
             self._loop.run(statuses.aclose())
 
-    def explain(self, request_id: str) -> cluster_pb2.ExplainResponse:
-        """Return the decisions about a request."""
-        return self._loop.run(self._client.explain(request_id))
+    def explain(self, request_id: str, *, tenant: str = "") -> cluster_pb2.ExplainResponse:
+        """Return the decisions about a request; as `AsyncClient.explain`."""
+        return self._loop.run(self._client.explain(request_id, tenant=tenant))
 
     def set_role(self, worker_id: str, role: Role | str) -> Role:
         """Change a worker's role and return the one now in force."""

@@ -160,9 +160,12 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def explain(self, request_id: str) -> cluster_pb2.ExplainResponse:
-        """Return the decisions about a request. Raises NotFoundError when no router remembers it."""
-        request = cluster_pb2.ExplainRequest(request_id=request_id)
+    async def explain(self, request_id: str, *, tenant: str = "") -> cluster_pb2.ExplainResponse:
+        """Return the decisions about a request. Raises NotFoundError when no router remembers it for this caller.
+
+        tenant: for which a gateway asks; others ask for themselves.
+        """
+        request = cluster_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
         failure: AscendraError | None = None
         for endpoint in self._endpoints.in_turn():  # only the router that served the request knows it
             try:

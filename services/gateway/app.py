@@ -9,11 +9,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ascendra import AscendraError
+from services.common.access import Access
 from services.common.config import ConfigError
+from services.common.errors import ServiceError
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
-from services.common.tls import https_context
-from services.gateway.api_keys import load_api_keys
+from services.common.tls import https_context, is_local
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.generation import GenerationEndpoint
@@ -36,24 +37,34 @@ def build_app(gateway: Gateway) -> Starlette:
         *model_routes(gateway),
         *status_routes(gateway),
     ]
-    handlers = {ApiError: _answer_error, AscendraError: _answer_error, HTTPException: _answer_http_error}
+    handlers = {
+        ApiError: _answer_error,
+        AscendraError: _answer_error,
+        ServiceError: _answer_error,
+        HTTPException: _answer_http_error,
+    }
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def serve(config: GatewayConfig, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain; return the exit status."""
     try:
-        gateway = Gateway(config, load_api_keys(config.api_keys_file))
+        gateway = Gateway(config, Access(config.api_keys_file))
         https = https_context(config.https_cert, config.https_key) if config.https_cert else None
     except (ConfigError, ValueError) as error:
         log.error("bad_configuration", problem=str(error))
         return 2
+    if config.api_keys_file and not (https or is_local(config.listen)):
+        log.warning("keys_in_plaintext", listen=config.listen)
+    if config.api_key_file and not config.api_keys_file:
+        log.warning("callers_unknown", why="the routers trust the gateway to know its callers, and it asks for no key")
     try:
         server = await start_http_server(
             config.listen,
             build_app(gateway),
             reuse_port=config.reuse_port,
             keep_alive_s=config.keep_alive_s,
+            limits=config.http_limits(),
             https=https,
         )
         announce_ready("gateway", address=server.address)

@@ -8,9 +8,9 @@ from collections.abc import Coroutine
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from services.common.access import Access, read_key
 from services.common.tracing import make_tracer
 from services.gateway import metrics
-from services.gateway.api_keys import ApiKeys
 from services.gateway.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.problems import ApiError, ShuttingDown
@@ -25,16 +25,18 @@ SLOW_READER_GRACE_S = 10.0
 class Gateway:
     """State of one gateway process. Made and used on one event loop."""
 
-    def __init__(self, config: GatewayConfig, keys: ApiKeys) -> None:
+    def __init__(self, config: GatewayConfig, access: Access) -> None:
+        """Prepare. Raises ConfigError when the key for the routers cannot be read."""
         self.config = config
         instance_id = f"{socket.gethostname()}-{os.getpid()}"
         self.tracer = make_tracer("gateway", instance_id, config.otlp_endpoint, config.trace_sample_ratio)
-        self.keys = keys
+        self.access = access
         self.routers = Routers(
             config.routers,
             request_timeout_s=config.request_timeout_s,
             status_timeout_s=config.status_timeout_s,
             credentials=config.tls.as_client(),
+            api_key=read_key(config.api_key_file),
         )
         self.view = ClusterView(self.routers)
         self.token_bytes = TokenBytes(self.routers.any)

@@ -18,6 +18,7 @@ from services.common.logging import get_logger
 from services.common.tracing import Span
 from services.gateway import metrics
 from services.gateway.answers import DONE, Answer, Choice, receipt_headers
+from services.gateway.callers import tenant_of
 from services.gateway.config import GatewayConfig
 from services.gateway.fields import Fields, parse_object
 from services.gateway.gateway import Gateway
@@ -88,13 +89,13 @@ class _Exchange:
                 raise BadRequest("x-request-id", "must be 1 to 120 characters of A-Z a-z 0-9 . _ : -")
             self.request_id = request_id
         self._reply.headers["x-request-id"] = self.request_id
-        self._tenant = gateway.keys.tenant_of(headers)
+        self._tenant = tenant_of(gateway.access, headers)
         if gateway.draining:
             raise ShuttingDown
-        body = await read_body(receive, headers, gateway.config.max_body_bytes)
+        body = await read_body(receive, headers, gateway.config)
         request = parse(parse_object(body), headers, gateway.config)
-        if tenant := self._tenant or headers.get("x-tenant-id"):
-            request.options["tenant"] = tenant
+        if self._tenant:
+            request.options["tenant"] = self._tenant
         if self._span is not None:
             say_request(self._span, request, self.request_id)
             request.options["traceparent"] = self._span.traceparent

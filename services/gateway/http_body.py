@@ -1,21 +1,39 @@
-"""Reading a body of bounded size."""
+"""Reading a body of bounded size in bounded time."""
 
+import asyncio
 import re
 from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from services.gateway.problems import BodyTooLarge
+from services.gateway.config import GatewayConfig
+from services.gateway.problems import ApiError, BodyTooLarge
 
 _LENGTH = re.compile("[0-9]{1,18}")
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], limit_bytes: int) -> bytes:
-    """Return the body. Raises BodyTooLarge as soon as that is known, ClientDisconnect when the client leaves."""
+async def read_body(receive: Receive, headers: Mapping[str, str], config: GatewayConfig) -> bytes:
+    """Return the body.
+
+    Raises:
+        BodyTooLarge: as soon as that is known.
+        ApiError: the client takes too long (408).
+        ClientDisconnect: it leaves.
+    """
+    limit_bytes, limit_s = config.max_body_bytes, config.body_timeout_s
     declared = headers.get("content-length", "")
     if _LENGTH.fullmatch(declared) and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _read(receive, limit_bytes)
+    except TimeoutError:
+        message = f"the body did not arrive within {limit_s:g} s"
+        raise ApiError(408, message, code="request_timeout", headers={"connection": "close"}) from None
+
+
+async def _read(receive: Receive, limit_bytes: int) -> bytes:
     parts: list[bytes] = []
     size_bytes = 0
     while True:

@@ -10,6 +10,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from services.gateway.http_guard import HttpLimits, guarded_protocol
+
 
 class HttpServer:
     """A running server."""
@@ -37,7 +39,13 @@ class HttpServer:
 
 
 async def start_http_server(
-    listen: str, app: ASGIApp, *, reuse_port: bool = False, keep_alive_s: int = 30, https: ssl.SSLContext | None = None
+    listen: str,
+    app: ASGIApp,
+    *,
+    reuse_port: bool = False,
+    keep_alive_s: int = 30,
+    limits: HttpLimits | None = None,
+    https: ssl.SSLContext | None = None,
 ) -> HttpServer:
     """Serve on host:port (port 0 picks one). Raises OSError when the port cannot be had."""
     host, _, port = listen.rpartition(":")
@@ -53,7 +61,7 @@ async def start_http_server(
         raise
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=guarded_protocol(limits or HttpLimits()),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -27,6 +27,7 @@ DURATION_S = Histogram(
 RUNNING = Gauge("vllm:num_requests_running", "Requests resident in the engines of all workers", ["model_name"])
 WAITING = Gauge("vllm:num_requests_waiting", "Requests waiting in the engines of all workers", ["model_name"])
 ROUTER_UP = Gauge("ascendra_gateway_router_up", "Whether a router answers", ["router"])
+CONNECTIONS_REFUSED = Counter("ascendra_gateway_connections_refused", "Connections closed by a limit.", ["code"])
 
 
 def totals() -> dict[str, Any]:

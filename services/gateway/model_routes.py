@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ascendra.v1 import inference_pb2
+from services.gateway.callers import caller_of
 from services.gateway.fields import Fields, parse_object
 from services.gateway.gateway import Gateway
 from services.gateway.http_body import read_body
@@ -19,11 +20,11 @@ def model_routes(gateway: Gateway) -> list[Route]:
     """Return the routes."""
 
     async def list_models(request: Request) -> Response:
-        gateway.keys.tenant_of(request.headers)
+        caller_of(gateway.access, request.headers)
         return as_json({"object": "list", "data": [_card(model) for model in await gateway.view.models()]})
 
     async def get_model(request: Request) -> Response:
-        gateway.keys.tenant_of(request.headers)
+        caller_of(gateway.access, request.headers)
         return as_json(_card(await _find(gateway, request.path_params["name"])))
 
     async def tokenize(request: Request) -> Response:
@@ -74,8 +75,8 @@ def as_json(value: Any) -> Response:
 
 
 async def _body(gateway: Gateway, request: Request) -> Fields:
-    gateway.keys.tenant_of(request.headers)
-    return parse_object(await read_body(request.receive, request.headers, gateway.config.max_body_bytes))
+    caller_of(gateway.access, request.headers)
+    return parse_object(await read_body(request.receive, request.headers, gateway.config))
 
 
 async def _find(gateway: Gateway, name: str) -> inference_pb2.Model:

@@ -7,6 +7,7 @@ import orjson
 from starlette.responses import Response
 
 from ascendra import AscendraError
+from services.common.errors import ServiceError
 
 _STATUS: dict[grpc.StatusCode, tuple[int, str]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (400, "invalid_request_error"),
@@ -103,10 +104,21 @@ def from_ascendra(error: AscendraError) -> ApiError:
     return ApiError(status, error.message, kind=kind, code=code, retry_after_ms=retry_after_ms)
 
 
+def from_service_error(error: ServiceError) -> ApiError:
+    """Return the HTTP form of an error of the gateway's own."""
+    status, kind = _STATUS.get(error.code, (500, "server_error"))
+    problem = ApiError(status, error.message, kind=kind, code=error.reason.lower(), retry_after_ms=error.retry_after_ms)
+    if status == 401:
+        problem.headers["www-authenticate"] = "Bearer"
+    return problem
+
+
 def from_exception(error: Exception) -> ApiError:
     """Return the HTTP form of any error; one that is not ours says nothing about itself."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AscendraError):
         return from_ascendra(error)
+    if isinstance(error, ServiceError):
+        return from_service_error(error)
     return ApiError(500, "internal error", kind="server_error", code="internal_error")

@@ -27,6 +27,7 @@ class Routers:
         request_timeout_s: float,
         status_timeout_s: float,
         credentials: Tls | None = None,
+        api_key: str = "",
     ) -> None:
         self.addresses = tuple(addresses)
         self._clients = [
@@ -36,6 +37,7 @@ class Routers:
                 control_timeout_s=status_timeout_s,
                 retry=FailoverPolicy(),
                 credentials=credentials,
+                api_key=api_key,
             )
             for start in range(len(addresses))
         ]
@@ -44,7 +46,8 @@ class Routers:
         self.any = self._clients[0]
         """Asks whichever router answers."""
         self.each = [
-            AsyncClient(address, control_timeout_s=status_timeout_s, credentials=credentials) for address in addresses
+            AsyncClient(address, control_timeout_s=status_timeout_s, credentials=credentials, api_key=api_key)
+            for address in addresses
         ]
         """Asks one router; in the order of the addresses."""
 

@@ -9,7 +9,9 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from ascendra import __version__
+from services.common.access import Right
 from services.gateway import metrics
+from services.gateway.callers import caller_of
 from services.gateway.cluster_view import Snapshot, as_plain
 from services.gateway.gateway import Gateway
 from services.gateway.model_routes import as_json
@@ -39,7 +41,8 @@ def status_routes(gateway: Gateway) -> list[Route]:
     async def show_openapi(_: Request) -> Response:
         return as_json(document)
 
-    async def show_metrics(_: Request) -> Response:
+    async def show_metrics(request: Request) -> Response:
+        caller_of(gateway.access, request.headers, Right.MONITOR)
         _set_cluster_metrics(await gateway.view.snapshot())
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
@@ -49,20 +52,21 @@ def status_routes(gateway: Gateway) -> list[Route]:
         return FileResponse(CONSOLE, media_type="text/html", headers={"content-security-policy": policy})
 
     async def console_status(request: Request) -> Response:
-        tenant = gateway.keys.tenant_of(request.headers)
+        caller_of(gateway.access, request.headers, Right.MONITOR)
         snapshot = await gateway.view.snapshot()
         return as_json(
             {
                 "attainment_target": gateway.config.attainment_target,
                 "gateway": {"version": __version__, "in_flight": gateway.in_flight, **metrics.totals()},
                 **snapshot.as_json(),
-                "recent": gateway.recent.as_json(tenant),
+                "recent": gateway.recent.as_json(""),
             }
         )
 
     async def console_explain(request: Request) -> Response:
-        gateway.keys.tenant_of(request.headers)
-        explanation = await gateway.routers.any.explain(request.path_params["request_id"])
+        caller = caller_of(gateway.access, request.headers)
+        tenant = "" if caller.may(Right.ADMIN) else caller.name
+        explanation = await gateway.routers.any.explain(request.path_params["request_id"], tenant=tenant)
         return as_json(as_plain(explanation))
 
     return [

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc.aio
 
 from ascendra.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from services.common.access import Access, Right, authorizer
 from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
@@ -47,6 +48,16 @@ _HEALTHS = {
     "tripped": cluster_pb2.WORKER_HEALTH_TRIPPED,
     "draining": cluster_pb2.WORKER_HEALTH_DRAINING,
 }
+RIGHTS = {
+    "/ascendra.v1.InferenceService/": (Right.GENERATE, Right.ACT_FOR_TENANTS),
+    "/ascendra.v1.InferenceService/ListModels": (Right.GENERATE, Right.ACT_FOR_TENANTS, Right.MONITOR),
+    "/ascendra.v1.ClusterService/Explain": (Right.GENERATE, Right.ACT_FOR_TENANTS),
+    "/ascendra.v1.ClusterService/GetStatus": (Right.MONITOR, Right.ACT_FOR_TENANTS),
+    "/ascendra.v1.ClusterService/WatchStatus": (Right.MONITOR, Right.ACT_FOR_TENANTS),
+    "/ascendra.v1.ClusterService/RegisterWorker": (Right.REGISTER,),
+}
+"""Of which rights a caller needs one; the rest is for administrators."""
+
 _MONITOR_S = 0.05
 _MODELS_PUBLISHED_S = 1.0
 _CLOSE_S = 2.0
@@ -61,6 +72,7 @@ class Router:
         self.router_id = config.router_id or f"router-{socket.gethostname()}-{os.getpid()}"
         self.codec = TextCodec(Path(config.model), threads=config.encode_threads, queue=config.encode_queue)
         self.model_name = config.model_name or Path(config.model).resolve().name
+        self._access = Access(config.api_keys_file)
         tls = config.tls.as_client()
         self.predictions = Predictions(config.predictor, self.router_id, config.prediction_max_age_s, tls)
         self.decision_log = DecisionLog(config.decision_log)
@@ -107,7 +119,12 @@ class Router:
     async def run(self, stop: asyncio.Event) -> int:
         """Serve until `stop` is set, then drain; returns the exit status."""
         server = await start_grpc_server(
-            self.config.listen, self._register, tls=self.config.tls, reuse_port=self.config.reuse_port, serving=False
+            self.config.listen,
+            self._register,
+            tls=self.config.tls,
+            authorize=authorizer(self._access, RIGHTS),
+            reuse_port=self.config.reuse_port,
+            serving=False,
         )
         http = await self._start_http()
         gc.collect()

@@ -7,6 +7,7 @@ from typing import Any
 
 from ascendra import __version__
 from ascendra.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, worker_pb2
+from services.common.access import current_caller
 from services.common.errors import InvalidArgument, NotFound, Unavailable
 from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
 from services.policy.state import QueuedRequest, Slo
@@ -101,9 +102,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Explain(self, request: cluster_pb2.ExplainRequest, context: Any) -> cluster_pb2.ExplainResponse:
         """Return the decisions about a request, live or recent."""
         found = self._dispatcher.explain(request.request_id)
-        if found is None:
+        if found is None or not current_caller().may_see(found[0], request.tenant):  # whether it exists is not told
             raise NotFound(f"request_id {request.request_id[:128]!r} is not known here", reason="UNKNOWN_REQUEST")
-        return found
+        return found[1]
 
     def status(self) -> cluster_pb2.GetStatusResponse:
         """Return the cluster as this router sees it."""

@@ -11,6 +11,7 @@ from services.policy.kv_move import KvMovePolicy
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.placement import PLACEMENTS
+from services.policy.quotas import Quota
 from services.policy.relief import ReliefPolicy
 from services.policy.roles import RolePolicy
 from services.policy.tickets import TicketPolicy
@@ -57,6 +58,9 @@ class Tenant:
     min_tbt_ms: float = 0.0
     """Tightest TBT objective that it gets, above its class's limits too."""
 
+    quota: Quota | None = None
+    """Its share at this router; unset: the router's `quota`."""
+
     def __post_init__(self) -> None:
         for name in ("min_ttft_ms", "min_tbt_ms"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -101,6 +105,12 @@ class RouterConfig:
     listen: str = option("127.0.0.1:7100", "gRPC address, host:port or unix:PATH; port 0 picks one")
     tls: TlsConfig = option(TlsConfig(), "certificates of the gRPC port and for connections to other services")
     insecure: bool = option(False, "listen in plaintext although other machines can reach the address")
+    api_keys_file: str = option(
+        "", "YAML file of callers: SHA-256 of their keys, certificates, rights; empty: nobody is asked who it is"
+    )
+    resume_key_file: str = option(
+        "", "file with a secret that all routers share, to sign resume cursors; empty: cursors are not signed"
+    )
     metrics_listen: str = option("127.0.0.1:7190", "HTTP address of /health, /live and /metrics; empty: none")
     reuse_port: bool = option(False, "share the gRPC port with other router processes (SO_REUSEPORT)")
     workers: tuple[str, ...] = option((), "addresses of workers, host:port or unix:PATH")
@@ -156,6 +166,7 @@ class RouterConfig:
     slo_classes: dict[str, SloClass] = field(
         default_factory=default_slo_classes, metadata={"help": "objectives and limits by class"}
     )
+    quota: Quota = option(Quota(), "share of each tenant that has no quota of its own, at this router")
     tenants: dict[str, Tenant] = option(
         {}, "what a tenant's requests may ask, by name; others are bound by classes only"
     )

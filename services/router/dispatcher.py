@@ -85,7 +85,7 @@ class Dispatcher:
         self.links = links
         self.attainment = Attainment()
         self.live: dict[str, LiveRequest] = {}
-        self._explained: OrderedDict[str, cluster_pb2.ExplainResponse] = OrderedDict()
+        self._explained: OrderedDict[str, tuple[str, cluster_pb2.ExplainResponse]] = OrderedDict()
         self.counters: Counter[str] = Counter()
         self.admitting = True
         self.work_changed: Callable[[], None] = lambda: None
@@ -171,10 +171,12 @@ class Dispatcher:
         """Return when nothing is live."""
         await self._idle.wait()
 
-    def explain(self, request_id: str) -> cluster_pb2.ExplainResponse | None:
-        """Return the decisions about a live or recently ended request."""
+    def explain(self, request_id: str) -> tuple[str, cluster_pb2.ExplainResponse] | None:
+        """Return the tenant of a live or recently ended request, and the decisions about it."""
         request = self.live.get(request_id)
-        return _explanation(request) if request is not None else self._explained.get(request_id)
+        if request is not None:
+            return request.spec.tenant, _explanation(request)
+        return self._explained.get(request_id)
 
     def where(self, request: LiveRequest) -> tuple[WorkerLink, Placed] | None:
         """Return the present attempt of a request; None while it has none."""
@@ -486,7 +488,7 @@ class Dispatcher:
         self._decision_log.write_end(request, outcome, time.monotonic())
         if request.trace is not None:
             request.trace.ends(request, outcome)
-        self._explained[spec.request_id] = _explanation(request)
+        self._explained[spec.request_id] = spec.tenant, _explanation(request)
         while len(self._explained) > EXPLAINED_REQUESTS:
             self._explained.popitem(last=False)
 

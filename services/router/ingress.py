@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from ascendra.v1 import common_pb2, inference_pb2
+from services.common.access import ANYBODY, Caller, read_key
 from services.common.errors import InvalidArgument, ServiceError
 from services.common.tracing import Tracer
 from services.router import metrics
@@ -14,9 +15,10 @@ from services.router.config import RouterConfig
 from services.router.contract import move_contract
 from services.router.dispatcher import Dispatcher
 from services.router.mailbox import Sink
+from services.router.quotas import Pass, Quotas
 from services.router.relay import Relays
 from services.router.request import LiveRequest, RequestSpec
-from services.router.resume import cursor, read_cursor, received_tokens, replay_text
+from services.router.resume import Cursor, read_cursor, received_tokens, replay_text, write_cursor
 from services.router.text import TextCodec, TextStream
 from services.router.tracing import RequestTrace
 from services.router.validation import (
@@ -44,6 +46,7 @@ class CallInfo:
     metadata: Mapping[str, str]
     timeout_s: float = 0.0
     """Time left of the call's own deadline; 0: none."""
+    caller: Caller = ANYBODY
 
 
 class Ingress:
@@ -64,6 +67,8 @@ class Ingress:
         self._dispatcher = dispatcher
         self._relays = relays
         self._limits = limits
+        self._quotas = Quotas(config.quota, config.tenants)
+        self._resume_key = read_key(config.resume_key_file).encode()
 
     async def admit(
         self, message: inference_pb2.GenerateRequest, sink: Sink, arrival_s: float, call: CallInfo
@@ -95,8 +100,27 @@ class Ingress:
         trace: RequestTrace | None,
     ) -> LiveRequest:
         _apply_metadata(message, call.metadata)
+        message.tenant = call.caller.tenant(message.tenant)
         limits = self._limits()
         check_request(message, limits)
+        admitted = self._quotas.enter(message.tenant)
+        try:
+            return await self._start(message, limits, admitted, sink, arrival_s, call, traceparent, trace)
+        except BaseException:
+            admitted.close()
+            raise
+
+    async def _start(
+        self,
+        message: inference_pb2.GenerateRequest,
+        limits: Limits,
+        admitted: Pass,
+        sink: Sink,
+        arrival_s: float,
+        call: CallInfo,
+        traceparent: str,
+        trace: RequestTrace | None,
+    ) -> LiveRequest:
         name, slo_class, slo = objective(message, self._config.slo_classes, self._config.tenants)
         request_id = message.request_id or f"req-{secrets.token_hex(8)}"
         if request_id in self._dispatcher.live:
@@ -141,15 +165,17 @@ class Ingress:
         )
         if request_id in self._dispatcher.live:  # another one may have come while this was being tokenized
             raise _in_use(request_id)
+        received_count = len(message.resume.token_ids) // 4
         if message.sinks:
-            received_count = len(message.resume.token_ids) // 4
             sink = self._relays.mirror(message.sinks, request_id, received_count, sink)
+        sink = admitted.metered(sink, received_count)
         if message.HasField("resume"):
-            return self._resume(message.resume, spec, arrival_s, text, sink, limits, trace)
+            return self._resume(message.resume, spec, arrival_s, text, sink, limits, admitted, trace)
+        admitted.reserve(spec.prompt_tokens, sampling.max_tokens)
         request = LiveRequest(spec, arrival_s, text, sink)
         _follow(request, trace)
         self._dispatcher.start(request)
-        sink.accepted(_accepted(spec))
+        sink.accepted(self._accepted(spec))
         return request
 
     async def _prompt(self, message: inference_pb2.GenerateRequest) -> bytes:
@@ -170,22 +196,26 @@ class Ingress:
         text: TextStream | None,
         sink: Sink,
         limits: Limits,
+        admitted: Pass,
         trace: RequestTrace | None,
     ) -> LiveRequest:
         if spec.pinned:
             raise InvalidArgument(f"resume: the request is pinned: {spec.contract_reason}", reason="PINNED")
-        chosen = read_cursor(resume.cursor, spec.prompt)
+        chosen = read_cursor(resume.cursor, spec.prompt, spec.tenant, self._resume_key)
         spec.sampling.seed, spec.sampling.max_tokens = chosen.seed, chosen.max_tokens
+        # Whoever made the cursor: it may ask for nothing that the request itself may not.
+        spec.sampling.max_tokens = token_limits(spec.sampling, spec.prompt_tokens, limits)
         received = received_tokens(resume, limits)
         if len(received) > chosen.max_tokens:
             raise InvalidArgument(f"resume.token_ids hold {len(received)}, more than max_tokens {chosen.max_tokens}")
+        admitted.reserve(spec.prompt_tokens, spec.sampling.max_tokens)
         unread = replay_text(text, received, resume.text_bytes) if text is not None else ""
         request = LiveRequest(spec, arrival_s, text, sink, received)
         _follow(request, trace)
         reason = self._complete(request, received)
         if reason is None:
             self._dispatcher.start(request)
-        sink.accepted(_accepted(spec))
+        sink.accepted(self._accepted(spec))
         if unread:
             sink.tokens(len(received), (), unread)
         if reason is not None:
@@ -194,6 +224,19 @@ class Ingress:
             if trace is not None:
                 trace.ends(request, "finished")
         return request
+
+    def _accepted(self, spec: RequestSpec) -> inference_pb2.Accepted:
+        resume = b""
+        if not spec.pinned:
+            chosen = Cursor(spec.sampling.seed, spec.sampling.max_tokens)
+            resume = write_cursor(chosen, spec.prompt, spec.tenant, self._resume_key)
+        return inference_pb2.Accepted(
+            request_id=spec.request_id,
+            resume_cursor=resume,
+            prompt_tokens=spec.prompt_tokens,
+            move_contract=spec.contract,
+            move_contract_reason=spec.contract_reason,
+        )
 
     def _complete(self, request: LiveRequest, received: list[int]) -> "common_pb2.FinishReason | None":
         """Return why a resumed request has nothing left to generate, if so: only its last message was lost."""
@@ -211,18 +254,6 @@ def _follow(request: LiveRequest, trace: RequestTrace | None) -> None:
     if trace is not None:
         request.trace = trace
         trace.checked(request.spec, request.resumed_tokens)
-
-
-def _accepted(spec: RequestSpec) -> inference_pb2.Accepted:
-    sampling = spec.sampling
-    resume = b"" if spec.pinned else cursor(spec.prompt, sampling.seed, sampling.max_tokens).encode()
-    return inference_pb2.Accepted(
-        request_id=spec.request_id,
-        resume_cursor=resume,
-        prompt_tokens=spec.prompt_tokens,
-        move_contract=spec.contract,
-        move_contract_reason=spec.contract_reason,
-    )
 
 
 def _in_use(request_id: str) -> AlreadyExists:

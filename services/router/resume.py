@@ -1,7 +1,7 @@
 """Cursors with which a broken stream continues through any router: what the request itself does not say."""
 
+import hmac
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,9 @@ from services.common.errors import InvalidArgument
 from services.router.text import TextStream
 from services.router.validation import Limits, check_ids
 
-_FORMAT = struct.Struct("<BQII")
-_VERSION = 1
+_FORMAT = struct.Struct("<BQI")
+_VERSION = 2
+_TAG_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +22,33 @@ class Cursor:
 
     seed: int
     max_tokens: int
-    prompt_crc: int
-
-    def encode(self) -> bytes:
-        """Return the opaque form."""
-        return _FORMAT.pack(_VERSION, self.seed, self.max_tokens, self.prompt_crc)
 
 
-def cursor(prompt: bytes, seed: int, max_tokens: int) -> Cursor:
-    """Return the cursor of a request with this prompt (ids, u32 little-endian)."""
-    return Cursor(seed, max_tokens, zlib.crc32(prompt))
+def write_cursor(cursor: Cursor, prompt: bytes, tenant: str, key: bytes) -> bytes:
+    """Return the opaque form, good for this prompt (ids, u32 little-endian) and tenant only.
+
+    With a key that only routers know, nobody else can make one. Without, somebody who does gains nothing: everything in
+    it is checked as if the request had asked for it.
+    """
+    content = _FORMAT.pack(_VERSION, cursor.seed, cursor.max_tokens)
+    return content + _tag(content, prompt, tenant, key)
 
 
-def read_cursor(data: bytes, prompt: bytes) -> Cursor:
-    """Read a cursor of the same prompt. Raises InvalidArgument."""
-    if len(data) != _FORMAT.size or data[0] != _VERSION:
+def read_cursor(data: bytes, prompt: bytes, tenant: str, key: bytes) -> Cursor:
+    """Read a cursor of the same prompt and tenant. Raises InvalidArgument."""
+    if len(data) != _FORMAT.size + _TAG_BYTES or data[0] != _VERSION:
         raise InvalidArgument("resume.cursor is not a cursor of this service", reason="BAD_CURSOR")
-    _, seed, max_tokens, crc = _FORMAT.unpack(data)
-    if crc != zlib.crc32(prompt):
-        raise InvalidArgument("resume.cursor belongs to another prompt", reason="BAD_CURSOR")
-    return Cursor(seed, max_tokens, crc)
+    content = data[: _FORMAT.size]
+    if not hmac.compare_digest(data[_FORMAT.size :], _tag(content, prompt, tenant, key)):
+        raise InvalidArgument("resume.cursor belongs to another prompt or tenant", reason="BAD_CURSOR")
+    _, seed, max_tokens = _FORMAT.unpack(content)
+    return Cursor(seed, max_tokens)
+
+
+def _tag(content: bytes, prompt: bytes, tenant: str, key: bytes) -> bytes:
+    name = tenant.encode()
+    message = content + len(name).to_bytes(2, "little") + name + prompt
+    return hmac.digest(key, message, "sha256")[:_TAG_BYTES]
 
 
 def received_tokens(resume: inference_pb2.Resume, limits: Limits) -> list[int]:

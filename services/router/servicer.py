@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ascendra.v1 import inference_pb2, inference_pb2_grpc
+from services.common.access import current_caller
 from services.common.errors import InvalidArgument
 from services.common.tracing import Tracer
 from services.router.config import RouterConfig
@@ -119,6 +120,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 def call_info(context: Any) -> CallInfo:
     """Return what came beside a call."""
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    metadata = {
+        key: value
+        for key, value in context.invocation_metadata() or ()
+        if isinstance(value, str) and key != "authorization"
+    }
     remaining_s = context.time_remaining()
-    return CallInfo(metadata, max(remaining_s, 0.001) if remaining_s is not None else 0.0)
+    return CallInfo(metadata, max(remaining_s, 0.001) if remaining_s is not None else 0.0, current_caller())

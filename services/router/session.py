@@ -155,7 +155,7 @@ class Session:
         self._dispatcher = dispatcher
         # Ids and time limits belong to single requests here, not to the call.
         shared = {key: value for key, value in call.metadata.items() if key != "x-request-id"}
-        self._call = CallInfo(shared)
+        self._call = CallInfo(shared, caller=call.caller)
         self._closing = closing
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._live: dict[int, LiveRequest] = {}

@@ -21,6 +21,7 @@ MAX_BAD_WORDS, MAX_BAD_WORD_BYTES = 64, 256
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_MESSAGES = 4096
 MAX_NAME_CHARS = 128
+MAX_SINKS = 16
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -56,13 +57,15 @@ def check_request(request: inference_pb2.GenerateRequest, limits: Limits) -> Non
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         raise InvalidArgument("request_id must be 1 to 128 characters of [A-Za-z0-9._:-]")
     check_model(request.model, limits.model_name)
-    for name in ("tenant", "session_id"):
+    for name in ("tenant", "session_id", "traceparent"):
         if len(getattr(request, name)) > MAX_NAME_CHARS:
             raise InvalidArgument(f"{name} must be at most {MAX_NAME_CHARS} characters")
     if not -100 <= request.priority <= 100:
         raise InvalidArgument(f"priority must be within -100 and 100, got {request.priority}")
     if request.on_overload not in inference_pb2.OverloadAction.values():
         raise InvalidArgument(f"on_overload must be a value of OverloadAction, got {request.on_overload}")
+    if len(request.sinks) > MAX_SINKS:
+        raise InvalidArgument(f"sinks must hold at most {MAX_SINKS} names, got {len(request.sinks)}")
     for name in request.sinks:
         if name not in limits.sinks:
             raise NotFound(f"sinks: {name[:MAX_NAME_CHARS]!r} is not configured", reason="UNKNOWN_SINK")

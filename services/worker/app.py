@@ -60,6 +60,7 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
                 worker_id=worker.worker_id,
                 ttl_ms=config.register_ttl_ms,
                 tls=config.tls.as_client(),
+                api_key_file=config.api_key_file,
             ),
             name=f"register-{router}",
         )

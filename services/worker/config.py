@@ -68,6 +68,7 @@ class WorkerConfig:
     max_live_requests: int = option(4096, "most unfinished requests; more are refused with a retryable status")
     predictor: str = option("", "address of the predictor; empty: none")
     routers: tuple[str, ...] = option((), "routers to register with")
+    api_key_file: str = option("", "file with the API key that the routers ask of those who register; empty: none")
     register_ttl_ms: int = option(6000, "a router forgets the registration after this many milliseconds")
     metrics_listen: str = option("127.0.0.1:0", "host:port of /health, /live and /metrics; empty: none")
     drain_timeout_s: float = option(30.0, "seconds until a drain cancels what is left")

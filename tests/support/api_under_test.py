@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from services.common.access import Access
 from services.common.logging import configure_logging
-from services.gateway.api_keys import ApiKeys
 from services.gateway.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
@@ -32,7 +32,7 @@ async def api_under_test(directory: Path) -> AsyncIterator[tuple[str, Gateway, L
     worker = ScriptedWorker(max_model_len=MAX_MODEL_LEN)
     worker.step_s = 0.0005
     async with cluster(write_byte_level(directory), worker, default_max_tokens=8) as router:
-        gateway = Gateway(GatewayConfig(routers=(router.router.address,)), ApiKeys())
+        gateway = Gateway(GatewayConfig(routers=(router.router.address,)), Access())
         server = await start_http_server("127.0.0.1:0", build_app(gateway))
         try:
             yield f"http://{server.address}", gateway, router

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.api_keys import ApiKeys
+from services.common.access import Access
 from services.gateway.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
@@ -57,11 +57,11 @@ def serve() -> Serve:
 
     @contextlib.asynccontextmanager
     async def serve(
-        *routers: ScriptedRouter | str, keys: ApiKeys | None = None, **options: Any
+        *routers: ScriptedRouter | str, access: Access | None = None, **options: Any
     ) -> AsyncIterator[Served]:
         addresses = tuple(router if isinstance(router, str) else router.address for router in routers)
-        gateway = Gateway(GatewayConfig(routers=addresses, **options), keys or ApiKeys())
-        server = await start_http_server("127.0.0.1:0", build_app(gateway))
+        gateway = Gateway(GatewayConfig(routers=addresses, **options), access or Access())
+        server = await start_http_server("127.0.0.1:0", build_app(gateway), limits=gateway.config.http_limits())
         served = Served(gateway, server)
         try:
             yield served

@@ -1,10 +1,11 @@
 """Health, metrics, models, tokenizer, keys and console."""
 
 import hashlib
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.gateway.api_keys import ApiKeys
+from services.common.access import Access
 from tests.component.gateway.conftest import Serve, Served
 from tests.support import scripted_router as scripted
 from tests.support.scripted_router import counting
@@ -65,18 +66,28 @@ async def test_tokenize_and_detokenize(serve: Serve) -> None:
     assert nothing.status_code == 400
 
 
-async def test_keys(serve: Serve) -> None:
+async def test_keys(serve: Serve, tmp_path: Path) -> None:
     """With keys configured, requests carry the tenant of theirs, and others are turned away."""
-    keys = ApiKeys(((hashlib.sha256(b"secret").digest(), "team-a"), (hashlib.sha256(b"other").digest(), "team-b")))
-    async with scripted.serve(counting(1)) as router, serve(router, keys=keys) as served:
-        good = {"authorization": "Bearer secret", "x-tenant-id": "team-b"}
+    file = tmp_path / "keys.yaml"
+    digest = hashlib.sha256(b"secret").hexdigest()
+    watcher = f"{{keys: [{hashlib.sha256(b'eyes').hexdigest()}], rights: [monitor]}}"
+    file.write_text(f"team-a: [{digest}]\nwatcher: {watcher}\n")
+    async with scripted.serve(counting(1)) as router, serve(router, access=Access(str(file))) as served:
+        good = {"authorization": "Bearer secret"}
         assert (await served.http.post("/v1/completions", json=ASK, headers=good)).status_code == 200
+        other = await served.http.post("/v1/completions", json=ASK, headers={**good, "x-tenant-id": "team-b"})
+        assert (other.status_code, other.json()["error"]["code"]) == (403, "other_tenant")
         for bad in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
             refused = await served.http.post("/v1/completions", json=ASK, headers=bad)
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-        for path in ("/v1/models", "/console/status", "/console/explain/x"):
+        for path in ("/v1/models", "/console/status", "/console/explain/x", "/metrics"):
             assert (await served.http.get(path)).status_code == 401
-        for path in ("/health", "/metrics", "/version", "/"):
+        eyes = {"authorization": "Bearer eyes"}
+        for path in ("/console/status", "/metrics"):
+            assert (await served.http.get(path, headers=good)).status_code == 403
+            assert (await served.http.get(path, headers=eyes)).status_code == 200
+        assert (await served.http.post("/v1/completions", json=ASK, headers=eyes)).status_code == 403
+        for path in ("/health", "/version", "/"):
             assert (await served.http.get(path)).status_code == 200
     assert [request.tenant for request in router.requests] == ["team-a"]
 
