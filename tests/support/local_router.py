@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc.aio
 
+from ascendra import Tls
 from ascendra.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.common.channels import open_channel
 from services.router.app import Router
@@ -64,7 +65,8 @@ class Collected:
 
 @contextlib.asynccontextmanager
 async def local_router(model: Path, workers: Sequence[str], **keys: Any) -> AsyncIterator[LocalRouter]:
-    """Run a router; keywords are fields of RouterConfig."""
+    """Run a router; keywords are fields of RouterConfig, and `client`: certificates for the stubs."""
+    client: Tls | None = keys.pop("client", None)
     settings: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "metrics_listen": "",
@@ -84,7 +86,7 @@ async def local_router(model: Path, workers: Sequence[str], **keys: Any) -> Asyn
     await asyncio.wait([started, task], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
-    channel = open_channel(router.address)
+    channel = open_channel(router.address, client)
     try:
         yield LocalRouter(router, channel, stop, task)
     finally:

@@ -8,7 +8,9 @@ from typing import Any
 import grpc.aio
 
 from ascendra.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from services.common.access import named_peers
 from services.common.grpc_server import GrpcServer, start_grpc_server
+from services.common.tls import PLAINTEXT, TlsConfig
 from services.policy.state import Role
 
 _ROLES = {
@@ -92,9 +94,9 @@ class ScriptedWorker:
         assert self._server is not None
         return self._server.address
 
-    async def start(self, listen: str = "127.0.0.1:0") -> None:
+    async def start(self, listen: str = "127.0.0.1:0", tls: TlsConfig = PLAINTEXT) -> None:
         """Listen."""
-        self._server = await start_grpc_server(listen, self._register)
+        self._server = await start_grpc_server(listen, self._register, tls=tls, authorize=named_peers(tls))
 
     async def stop(self) -> None:
         """End every stream and stop listening."""
