@@ -92,7 +92,7 @@ class _Exchange:
         self._tenant = tenant_of(gateway.access, headers)
         if gateway.draining:
             raise ShuttingDown
-        body = await read_body(receive, headers, gateway.config)
+        body = await read_body(receive, headers, gateway.config.max_body_bytes, gateway.config.body_timeout_s)
         request = parse(parse_object(body), headers, gateway.config)
         if self._tenant:
             request.options["tenant"] = self._tenant

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from services.gateway.config import GatewayConfig
 from services.gateway.problems import ApiError, BodyTooLarge
 
 _LENGTH = re.compile("[0-9]{1,18}")
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], config: GatewayConfig) -> bytes:
+async def read_body(receive: Receive, headers: Mapping[str, str], limit_bytes: int, limit_s: float) -> bytes:
     """Return the body.
 
     Raises:
@@ -21,7 +20,6 @@ async def read_body(receive: Receive, headers: Mapping[str, str], config: Gatewa
         ApiError: the client takes too long (408).
         ClientDisconnect: it leaves.
     """
-    limit_bytes, limit_s = config.max_body_bytes, config.body_timeout_s
     declared = headers.get("content-length", "")
     if _LENGTH.fullmatch(declared) and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes)

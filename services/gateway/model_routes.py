@@ -76,7 +76,9 @@ def as_json(value: Any) -> Response:
 
 async def _body(gateway: Gateway, request: Request) -> Fields:
     caller_of(gateway.access, request.headers)
-    return parse_object(await read_body(request.receive, request.headers, gateway.config))
+    return parse_object(
+        await read_body(request.receive, request.headers, gateway.config.max_body_bytes, gateway.config.body_timeout_s)
+    )
 
 
 async def _find(gateway: Gateway, name: str) -> inference_pb2.Model:

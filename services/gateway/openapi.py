@@ -197,10 +197,13 @@ _ANSWER = {
 _ERRORS = {
     "400": "a wrong field",
     "401": "no valid key",
+    "403": "the caller may not do this",
     "404": "not found",
+    "408": "the request did not arrive in time",
     "409": "the request id is in use",
     "413": "too large",
     "429": "the share or the capacity is used up",
+    "431": "headers too large",
     "503": "nobody can serve it now",
     "504": "the time limit passed",
 }

@@ -12,12 +12,12 @@ from services.common.metrics import TBT_BUCKETS_S, TTFT_BUCKETS_S, ClassHistogra
 
 REASONS = {
     "bad_cursor", "bad_handle", "cancelled", "class_not_allowed", "concurrent_requests", "context_length",
-    "deadline_exceeded", "draining",
-    "encode_queue", "engine_died", "engine_error", "finished", "internal", "invalid_argument", "kv_export",
-    "live_limit",
-    "no_chat_template", "no_worker", "not_found", "other_tenant", "overloaded", "pinned", "queue_full", "refused",
-    "request_id_in_use", "request_rate", "resource_exhausted", "session_limit", "slow_reader", "text", "text_too_long", "timeout",
-    "token_rate", "too_many_moves", "too_many_tenants", "too_many_tokens", "unanswered", "unavailable", "unknown_class", "unknown_model", "unknown_sink", "worker_lost",
+    "deadline_exceeded", "draining", "encode_queue", "engine_died", "engine_error", "finished", "internal",
+    "invalid_argument", "kv_export", "live_limit", "no_chat_template", "no_worker", "not_found", "other_tenant",
+    "overloaded", "pinned", "queue_full", "refused", "request_id_in_use", "request_rate", "resource_exhausted",
+    "session_limit", "slow_reader", "text", "text_too_long", "timeout", "token_rate", "too_many_moves",
+    "too_many_tenants", "too_many_tokens", "unanswered", "unavailable", "unknown_class", "unknown_model",
+    "unknown_sink", "worker_lost",
 }  # fmt: skip
 """Outcomes and reasons that become label values; any other is counted as "other"."""
 

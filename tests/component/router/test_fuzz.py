@@ -62,7 +62,7 @@ def test_resume(tokenizer_directory: Path, resume: inference_pb2.Resume, prompt:
     """Cursor, tokens and text of a broken stream are taken or refused."""
     codec = _codec(tokenizer_directory)
     for read in (
-        lambda: read_cursor(resume.cursor, prompt),
+        lambda: read_cursor(resume.cursor, prompt, "a", b"key"),
         lambda: replay_text(TextStream(codec.decoder(), stops), received_tokens(resume, LIMITS), resume.text_bytes),
     ):
         try:

@@ -114,7 +114,7 @@ async def test_bodies_are_bounded(parts: list[bytes], declared: str) -> None:
         return messages.pop(0)
 
     try:
-        assert await read_body(receive, {"content-length": declared}, 64) == b"".join(parts)
+        assert await read_body(receive, {"content-length": declared}, 64, 30) == b"".join(parts)
     except ApiError as problem:
         assert problem.status == 413
 
