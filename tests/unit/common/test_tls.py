@@ -11,9 +11,9 @@ from typing import Any
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ascendra import Tls
+from ascendra.v1 import inference_pb2, inference_pb2_grpc
 from services.common.access import named_peers
 from services.common.channels import Connector, open_channel
 from services.common.grpc_server import start_grpc_server
@@ -74,25 +74,33 @@ async def test_only_clients_with_a_valid_certificate_get_in(certificates: Certif
         assert await health(address, certificates.client("client", server_name="server")) == "SERVING"
 
 
+class _Lister(inference_pb2_grpc.InferenceServiceServicer):
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse()
+
+
 async def test_certificates_of_other_names_may_only_ask_for_health(certificates: Certificates) -> None:
     """A port for routers refuses what the same authority has issued to others."""
     certificates.issue("router")
     tls = TlsConfig(**certificates.block("server", client_names=("router",)))
 
-    async def services(address: str, name: str) -> list[str]:
-        async with open_channel(address, certificates.client(name)) as channel:
-            question = reflection_pb2.ServerReflectionRequest(list_services="")
-            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            call: Any = stub.ServerReflectionInfo(iter([question]))
-            answer = await anext(aiter(call))
-            return [service.name for service in answer.list_services_response.service]
+    def register(server: grpc.aio.Server) -> list[str]:
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Lister(), server)  # type: ignore[abstract]
+        return []
 
-    async with serving(tls) as address:
-        assert "grpc.health.v1.Health" in await services(address, "router")
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await services(address, "client")
-        assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert await health(address, certificates.client("client")) == "SERVING"
+    async def ask_for_models(address: str, name: str) -> None:
+        async with open_channel(address, certificates.client(name)) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=20, wait_for_ready=True)
+
+    server = await start_grpc_server("127.0.0.1:0", register, tls=tls, authorize=named_peers(tls))
+    await ask_for_models(server.address, "router")
+    with pytest.raises(grpc.aio.AioRpcError, match="PERMISSION_DENIED"):
+        await ask_for_models(server.address, "client")
+    assert await health(server.address, certificates.client("client")) == "SERVING"
+    await server.stop(0)
 
 
 async def test_a_server_follows_its_files(certificates: Certificates, tmp_path: Path) -> None:
