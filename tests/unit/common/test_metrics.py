@@ -1,6 +1,6 @@
 """Bounded labels, and the histogram by class."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,12 +8,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.common.metrics import OTHER, TTFT_BUCKETS_S, ClassHistogram, bounded
 
 
+@settings(deadline=None)
 @given(st.text(), st.sets(st.text()))
 def test_only_known_values_become_labels(value: str, known: set[str]) -> None:
     """Anything else is "other"."""
     assert bounded(value, known) in known | {OTHER}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), max_size=50), st.floats(0.001, 90))
 def test_the_share_within_the_objective_is_exact(times_s: list[float], objective_s: float) -> None:
     """The objective is a bucket's limit, so its bucket counts exactly the times that met it; sum and count agree."""
