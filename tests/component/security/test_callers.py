@@ -1,7 +1,9 @@
 """Who may do what at a router: over real sockets, under mutual TLS."""
 
 import asyncio
+import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,33 @@ async def test_a_forged_cursor_gains_nothing_without_a_key(fortress: Fortress) -
     asked = fortress.worker.submitted[-1]
     assert asked.sampling.max_tokens == 2048 - len(prompt) // 4
     call.cancel()
+
+
+async def test_the_command_line_shows_its_key_and_certificate(fortress: Fortress, tmp_path: Path) -> None:
+    """By flag or variable; without them it fails and says what is missing."""
+    key = tmp_path / "key"
+    key.write_text("ops-key\n")
+    files = fortress.certificates.block("client")
+    tls = [f"--tls-{name}={files[name]}" for name in ("ca", "cert", "key")]
+
+    async def ascendra(*arguments: str, **variables: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "ascendra.cli", *arguments, "--address", fortress.address),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, **variables},
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        return process.returncode or 0, output.decode()
+
+    status, output = await ascendra("generate", "x", "--max-tokens", "3", *tls, "--api-key-file", str(key))
+    assert status == 0, output
+    variables = {f"ASCENDRA_TLS_{name.upper()}": files[name] for name in ("ca", "cert", "key")}
+    assert (await ascendra("role", "w1", "high", ASCENDRA_API_KEY="ops-key", **variables))[0] == 0
+    status, output = await ascendra("role", "w1", "low", ASCENDRA_API_KEY="a-key", **variables)
+    assert (status, "a may not call" in output) == (1, True)
+    status, output = await ascendra("role", "w1", "low", **variables)
+    assert (status, "API key" in output) == (1, True)
 
 
 async def test_the_sdk_names_what_is_missing(fortress: Fortress) -> None:

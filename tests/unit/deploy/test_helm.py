@@ -320,6 +320,7 @@ def test_certificates_are_where_the_services_look() -> None:
             assert mounts[folder]["secret"]["secretName"] == secrets[component_of(template)]
         if component_of(template) == "gateway":
             assert mounts[config.https_cert.rpartition("/")[0]]["secret"]["secretName"] == "llm-example-com-tls"
+        if component_of(template) in ("gateway", "router"):
             assert mounts[config.api_keys_file.rpartition("/")[0]]["secret"]["secretName"] == "ascendra-keys"
 
 
@@ -345,6 +346,10 @@ def test_scraped_ports_exist() -> None:
             if matches(monitor["spec"]["selector"]["matchLabels"], template):
                 assert endpoint["port"] in {port["name"] for port in container["ports"]}
         assert monitor["metadata"]["labels"]["release"] == "prometheus"
+        # Only the gateway serves its metrics on a port that asks who is there.
+        key = endpoint.get("authorization", {}).get("credentials")
+        asked = monitor["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway"
+        assert key == ({"name": "ascendra-monitor", "key": "key"} if asked else None)
 
 
 def test_rules_find_what_is_scraped() -> None:
