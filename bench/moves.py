@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ import psutil
 from ascendra import AsyncClient, SamplingParams
 from bench.options import provenance
 from bench.processes import Processes
+from services.common.logging import configure_logging
 from services.policy.kv_move import MoveChoice, MoveMethod
 from services.router.app import Router
 from services.router.config import RouterConfig
@@ -86,16 +88,7 @@ def given_model(directory: Path) -> Model:
 
     with safe_open(str(directory / "model.safetensors"), "pt") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no mapping
-    sizes = [int(torch_size(shape)) for shape in shapes]
-    return Model(directory.name, directory, sum(sizes))
-
-
-def torch_size(shape: Sequence[int]) -> int:
-    """Return the number of elements."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+    return Model(directory.name, directory, sum(math.prod(shape) for shape in shapes))
 
 
 @contextlib.asynccontextmanager
@@ -109,6 +102,7 @@ async def routed(model: Model, source: str, target: str) -> AsyncIterator[tuple[
         settle_s=0.0,
         tickets=False,
         offload=False,
+        relief=False,
     )
     router, stop = Router(config), asyncio.Event()
     task = asyncio.create_task(router.run(stop))
@@ -154,8 +148,8 @@ class Stream:
                 for pid in kill:
                     os.kill(pid, signal.SIGKILL)
             attempts = await follow
-        moved = attempts[-1]
-        return self._arrived_s[moved.first_token_offset] - began_s, moved.moved_by
+        delivered = next(attempt for attempt in attempts[1:] if attempt.first_token_offset)
+        return self._arrived_s[delivered.first_token_offset] - began_s, delivered.moved_by
 
     def _start(self, request: LiveRequest, method: MoveMethod) -> None:
         plan = self._router.mover.plan(request)
@@ -244,8 +238,9 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 def models(arguments: argparse.Namespace, folder: Path) -> Iterator[Model]:
     """Yield what is measured: the given model, and a random one of 50M parameters."""
-    yield given_model(arguments.model)
-    if not arguments.small_only:
+    if arguments.only != "random":
+        yield given_model(arguments.model)
+    if arguments.only != "given":
         yield random_model(arguments.model, folder / "random-50m")
 
 
@@ -256,9 +251,10 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=1000, help="tokens when a stream moves (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=10, help="moves of each kind (default: %(default)s)")
     parser.add_argument("--deaths", type=int, default=2, help="sources killed, met and unmet (default: %(default)s)")
-    parser.add_argument("--small-only", action="store_true", help="leave the model of 50M parameters out")
+    parser.add_argument("--only", choices=("given", "random"), help="one of the two models (default: both)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
+    configure_logging("router", level="error")
     results = []
     with tempfile.TemporaryDirectory(prefix="ascendra-bench-") as folder:
         for model in models(arguments, Path(folder)):
@@ -276,9 +272,10 @@ def main() -> int:
                 }
             )
             print(json.dumps({"model": model.name, "parameters": model.parameters, **summary}))
-    if arguments.out:
-        load = {"cpus": os.cpu_count(), "load_average": os.getloadavg()}
-        arguments.out.write_text(json.dumps({**provenance(arguments), **load, "results": results}, indent=1) + "\n")
+            if arguments.out:
+                load = {"cpus": os.cpu_count(), "load_average": os.getloadavg()}
+                document = {**provenance(arguments), **load, "results": results}
+                arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -19,9 +19,9 @@ from tests.support.worker_process import WorkerFleet, is_running
 pytestmark = pytest.mark.engine
 
 BLOCK_TOKENS = 128
-MAX_TOKENS = 48
+MAX_TOKENS = 120  # far beyond the cuts: a request that ends first cannot move
 _random = random.Random(41)
-_CUTS = [1, 2, 5, 17, 30, MAX_TOKENS - 1]
+_CUTS = [1, 2, 5, 9, 17, 30]
 # Cuts before, at and after the end of a KV block, and anywhere.
 _LENGTHS = [BLOCK_TOKENS - cut + extra for cut in _CUTS for extra in (-1, 0, 1)] + [300, 400, 500]
 PROMPTS = [[_random.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in _LENGTHS]
@@ -104,7 +104,7 @@ async def test_only_what_decodes_is_handed_over(fleet: WorkerFleet) -> None:
         ended = await client.submit(PROMPTS[0], max_tokens=2).finish()
         assert (await client.export_kv(ended)).refused
         assert (await client.export_kv(Stream(999, 0.0))).refused
-        waiting = [client.submit(prompt * 3, max_tokens=4) for prompt in PROMPTS]
+        waiting = [client.submit(prompt * 2, max_tokens=4) for prompt in PROMPTS]
         assert (await client.export_kv(waiting[-1])).refused
         for stream in waiting:
             await stream.finish()
