@@ -139,11 +139,12 @@ def near(measured: float, by_client: float) -> None:
 
 
 async def test_engines_keep_vllms_names(site: Site) -> None:
-    """CPU and emulated engines show the same metrics of vLLM, by the served model's name and by engine."""
+    """The CPU engine shows all that the emulated one does, by the served model's name and by engine."""
     cpu = await scrape_of(site.fleet.http("cpu-lp"))
     emulated = await scrape_of(site.fleet.http("lp-0"))
-    ours = [{name for name in scrape.names if name.startswith("vllm:")} for scrape in (cpu, emulated)]
-    assert ours[0] == ours[1] >= {"vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_preemptions_total"}
+    real, imitated = ({name for name in scrape.names if name.startswith("vllm:")} for scrape in (cpu, emulated))
+    assert imitated <= real  # an engine with a KV connector has more
+    assert {"vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_preemptions_total"} <= imitated
     for scrape, kind in ((cpu, "cpu"), (emulated, "emulated")):
         labelled = [sample.labels for sample in scrape.samples if sample.name.startswith("vllm:")]
         named = [(labels["model_name"], labels["engine"]) for labels in labelled if "model_name" in labels]
