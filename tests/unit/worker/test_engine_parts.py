@@ -74,6 +74,7 @@ def test_parallel_sizes_reach_the_engine(
 
 def test_the_front_end_has_what_the_adapter_uses() -> None:
     """Every argument that the adapter passes to vLLM exists in the installed version."""
+    from vllm import envs
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -82,6 +83,7 @@ def test_the_front_end_has_what_the_adapter_uses() -> None:
     def missing(callable_: Callable[..., Any], *names: str) -> set[str]:
         return set(names) - set(inspect.signature(callable_).parameters)
 
+    assert inspect.signature(envs.enable_envs_cache).parameters == {}
     assert not missing(AsyncLLM.generate, "prompt", "sampling_params", "request_id", "priority")
     assert not missing(AsyncLLM.from_vllm_config, "vllm_config", "stat_loggers", "disable_log_stats")
     assert not missing(AsyncMPClient.call_utility_async, "method", "args")
