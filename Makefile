@@ -52,7 +52,7 @@ test-oldest-vllm: ## The worker's tests under vLLM 0.26, the oldest that the CUD
 	$(subst $(PY),$(OLDEST)/bin/python,$(TEST)) tests/component/worker tests/unit/worker
 
 test-browser: setup ## The console in headless Chromium, under load (apt-get install chromium chromium-driver)
-	@command -v chromium chromedriver || { echo "needs Chromium: apt-get install chromium chromium-driver"; exit 1; }
+	@command -v chromium && command -v chromedriver || { echo "needs Chromium: apt-get install chromium chromium-driver"; exit 1; }
 	$(TEST) tests/browser
 
 check: setup ## Lint, types and fast tests, under a minute

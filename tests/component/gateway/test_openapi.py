@@ -117,7 +117,7 @@ def test_documented_fields_are_those_that_are_read(
 async def test_document(tmp_path: Path) -> None:
     """The document is served, names every path that is served, and schemathesis finds nothing wrong with either."""
     async with api_under_test(tmp_path / "tiny") as (url, gateway, router):
-        status, output = await run_schemathesis(url, examples=12, seconds=20, seed=1, phases="fuzzing")
+        status, output = await run_schemathesis(url, examples=10, seconds=12, seed=1, phases="fuzzing")
         assert status == 0, output
         await until(lambda: not gateway.in_flight)
         await until(lambda: not router.router.dispatcher.live)

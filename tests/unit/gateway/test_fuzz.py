@@ -79,14 +79,14 @@ def check(
         assert error.message
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(body=bodies(openapi.COMPLETION, {"prompt": "x"}), headers=HEADERS)
 def test_completions(body: dict[str, Any], headers: dict[str, str]) -> None:
     """A body of /v1/completions."""
     check(parse_completion, body, headers)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(body=bodies(openapi.CHAT, {"messages": [{"role": "user", "content": "x"}]}), headers=HEADERS)
 def test_chats(body: dict[str, Any], headers: dict[str, str]) -> None:
     """A body of /v1/chat/completions."""

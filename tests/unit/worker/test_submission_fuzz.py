@@ -12,7 +12,7 @@ from tests.support.messages import messages
 from tests.unit.worker.test_submission import INFO
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(submit=messages(worker_pb2.Submit), guided=st.booleans())
 def test_submit(submit: worker_pb2.Submit, guided: bool) -> None:
     """Ids stay below the vocabulary and tokens within the context; everything else names a field."""
