@@ -194,6 +194,12 @@ _ANSWER = {
     "required": ["id", "object", "created", "model", "choices", "usage", "ascendra"],
     "properties": {"choices": _array({"type": "object"}, low=1), "usage": _USAGE, "ascendra": {"type": "object"}},
 }
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
+    "required": ["data"],
+}
+"""Of a stream."""
 _ERRORS = {
     "400": "a wrong field",
     "401": "no valid key",
@@ -212,7 +218,7 @@ _ERRORS = {
 def openapi(config: GatewayConfig) -> dict[str, Any]:
     """Return the document, OpenAPI 3.1."""
     generate = {"parameters": [*_SLO_HEADERS, *_NAME_HEADERS]}
-    text, events = {"text/plain": {"schema": TEXT}}, {"text/event-stream": {"schema": TEXT}}
+    text, events = {"text/plain": {"schema": TEXT}}, {"text/event-stream": {"schema": _EVENT}}
     answers = {"application/json": {"schema": _ANSWER}, **events}
     model = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     found = _object({"id": TEXT, "object": {"const": "model"}, "max_model_len": _integer(0)}, "id", "object")
