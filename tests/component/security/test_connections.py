@@ -73,7 +73,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/j
 
 async def test_slow_clients_are_cut_off() -> None:
     """Heads and bodies that trickle, and connections that say nothing, end in time; the others are served."""
-    async with gateway(head_timeout_s=0.5, body_timeout_s=0.5) as address:
+    async with gateway(head_timeout_s=1.5, body_timeout_s=1.5) as address:
         trickle = [LIVE[i : i + 1] for i in range(len(LIVE))]
         slow = [asyncio.create_task(say(address, *trickle, pause_s=0.1)) for _ in range(50)]
         silent = [asyncio.create_task(say(address)) for _ in range(50)]
@@ -89,7 +89,7 @@ async def test_slow_clients_are_cut_off() -> None:
 
 async def test_a_slow_second_request_is_cut_off() -> None:
     """A connection that was used properly gets no more time for the next head than a new one."""
-    async with gateway(head_timeout_s=0.5, keep_alive_s=60) as address:
+    async with gateway(head_timeout_s=1.5, keep_alive_s=60) as address:
         first = LIVE.replace(b"connection: close\r\n", b"") + b"\r\n"
         answer = await say(address, first, *[LIVE[i : i + 1] for i in range(30)], pause_s=0.1)
         assert answer.count(b"HTTP/1.1") == 2
