@@ -307,6 +307,8 @@ class PlacingRouter:
         ledger = self._ledger
         assert ledger is not None
         ledger.issue((state.view for state in self._high), self._tightest_tbt_s, now_s)
+        if not ledger.free:
+            return
         backlogs_s = {
             state.view.worker_id: state.work_s - state.pace.capacity_s
             for state in self._low

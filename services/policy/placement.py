@@ -22,12 +22,17 @@ class PlacementPolicy:
     """prefix_affine leaves the owner once its first token is predicted this much later than the best other's."""
     tbt_fill: float = 0.65
     """tbt_bins leaves the like once the first token is predicted later than this share of the TTFT objective."""
+    compared: int = 16
+    """Most instances that are predicted for one request; of more, so many are drawn at random, so that the cost of a
+    placement does not grow with the cluster. Not for round_robin and least_requests, which predict nothing."""
     max_owners: int = 10_000
     """Prefixes remembered by prefix_affine."""
 
     def __post_init__(self) -> None:
         if self.name not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.name!r}")
+        if self.compared < 2:
+            raise ValueError(f"compared must be at least 2, got {self.compared}")
 
 
 @dataclass(slots=True)
@@ -90,7 +95,7 @@ def place(
     fresh = any(_usable(view, arrivals) and view.report_age_s <= policy.stale_s for view in views)
     candidates = []
     open_views = []
-    for view in views:
+    for view in _compared(views, policy, state, affinity_key, arrivals, fresh):
         candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
         candidates.append(candidate)
         if view.draining:
@@ -105,6 +110,25 @@ def place(
         return Placement(None, "no instance takes requests", candidates)
     chosen, rule = PLACEMENTS[policy.name](request, open_views, policy, state, affinity_key)
     return Placement(chosen, rule, candidates)
+
+
+def _compared(
+    views: Sequence[InstanceView],
+    policy: PlacementPolicy,
+    state: PlacementState,
+    affinity_key: str,
+    arrivals: bool,
+    fresh: bool,
+) -> Sequence[InstanceView]:
+    """Return the instances to predict: all, or of many that can be chosen some, the owner of the prefix among them."""
+    if len(views) <= policy.compared or policy.name in (round_robin.__name__, least_requests.__name__):
+        return views
+    able = [v for v in views if _usable(v, arrivals) and not (fresh and v.report_age_s > policy.stale_s)]
+    if len(able) <= policy.compared:
+        return able or views
+    owner = state.owners.get(affinity_key) if affinity_key else None
+    drawn = state.rng.sample(able, policy.compared)
+    return drawn + [view for view in able if view.worker_id == owner and view not in drawn] if owner else drawn
 
 
 def _usable(view: InstanceView, arrivals: bool) -> bool:

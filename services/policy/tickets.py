@@ -66,6 +66,11 @@ class TicketLedger:
         self._live: dict[int, Ticket] = {}
         self._ids = itertools.count(1)
 
+    @property
+    def free(self) -> bool:
+        """Whether some ticket is not granted."""
+        return any(not ticket.holder for ticket in self._live.values())
+
     def live(self, issuer: str, now_s: float) -> int:
         """Return how many tickets of an instance are neither redeemed, revoked nor expired."""
         self._expire(now_s)

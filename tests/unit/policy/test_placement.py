@@ -118,3 +118,23 @@ def test_unknown_policies_are_refused() -> None:
     """The error lists the names there are."""
     with pytest.raises(ValueError, match="round_robin"):
         PlacementPolicy(name="dice")
+
+
+@pytest.mark.parametrize("name", sorted(PLACEMENTS))
+def test_of_many_instances_some_are_compared(name: str) -> None:
+    """Placement predicts at most so many, spreads over all, and never chooses one that cannot be."""
+    views = [instance(f"w{i:02d}", i % 3, draining=i == 0, role=Role.HIGH if i == 1 else Role.LOW) for i in range(40)]
+    policy, state = PlacementPolicy(name=name), PlacementState()
+    found = [place(NEW, views, policy, state, BudgetPolicy(), f"s{i}") for i in range(200)]
+    if name not in ("round_robin", "least_requests"):
+        assert all(len(placement.candidates) <= policy.compared for placement in found)
+        assert len({placement.worker_id for placement in found}) > 3
+    assert not {"w00", "w01"} & {placement.worker_id for placement in found}
+
+
+def test_the_owner_of_a_prefix_is_always_compared() -> None:
+    """However many instances there are, a session stays where its prefix is."""
+    views = [instance(f"w{i:02d}") for i in range(60)]
+    state = PlacementState()
+    owner = chosen("prefix_affine", views, state, "s")
+    assert {chosen("prefix_affine", views, state, "s") for _ in range(30)} == {owner}

@@ -1,0 +1,62 @@
+"""How fast the simulator is: requests a minute on one core, by system and number of instances.
+
+python -m bench.speed --trace conv.csv.gz --out bench/results/speed.json
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.options import add_setting_options, provenance, setting_from, systems_from
+from bench.simulator.systems import simulate, system_named
+
+SYSTEMS = "vllm-512-work,unified,ascendra,ascendra-pool,ascendra-pull"
+
+
+def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
+    """Lay out requests a minute, and the cost of a request relative to the smallest cluster."""
+    lines = ["| system | " + " | ".join(f"{size} instances" for size in sizes) + " | cost a request, last / first |"]
+    lines.append("|---" * (len(sizes) + 2) + "|")
+    for name in dict.fromkeys(cell["system"] for cell in cells):
+        costs = {cell["instances"]: cell["cpu_s_per_request"] for cell in cells if cell["system"] == name}
+        rates = " | ".join(f"{60 / costs[size]:,.0f}" for size in sizes)
+        lines.append(f"| {name} | {rates} | {costs[sizes[-1]] / costs[sizes[0]]:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
+    add_setting_options(parser)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 64], help="instances (default: %(default)s)")
+    parser.add_argument("--policies", default=SYSTEMS, help="comma-separated names (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=5.5, help="requests/s of an instance (default: %(default)s)")
+    parser.add_argument("--per-instance", type=int, default=200, help="requests an instance (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    args = parser.parse_args(argv)
+    setting = setting_from(args)
+    cells = []
+    for name in systems_from(args.policies):
+        for size in args.sizes:
+            config = replace(setting.cluster, instances=size)
+            workload = replace(setting, requests=size * args.per_instance).workload(args.rate * size, 1)
+            seconds = []
+            for _ in range(args.repeats):
+                started_s = time.process_time()
+                simulate(system_named(name), workload, config)
+                seconds.append(time.process_time() - started_s)
+            cost_s = statistics.median(seconds) / len(workload)
+            cells.append({"system": name, "instances": size, "requests": len(workload), "cpu_s_per_request": cost_s})
+    print(table(cells, args.sizes))
+    if args.out:
+        args.out.write_text(json.dumps({**provenance(args), "cells": cells}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
