@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unknown workloads {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
     settings, results = {}, {}
     for name in names:
-        settings[name] = _setting(WORKLOADS[name], args)
+        settings[name] = workload_setting(WORKLOADS[name], args)
         results[name] = Results.open(args.out / f"capacity-{name}.json", _described(WORKLOADS[name], args))
         for seed in args.seeds:
             bounds = {f"{t:g}": capacity_bound_rps(settings[name], seed, t) for t in TARGETS}
@@ -239,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run(settings[name], results[name], system, seed)
 
 
-def _setting(workload: Workload, args: argparse.Namespace) -> Setting:
+def workload_setting(workload: Workload, args: argparse.Namespace) -> Setting:
+    """Return what a workload is measured under."""
     trace = load_trace(args.traces / FILES[workload.trace])
     classes = slo_set(workload.slo, UnloadedTtft(load_profile(args.profile)))
     cluster = cluster_from(args, args.instances)

@@ -120,6 +120,8 @@ SYSTEMS: dict[str, System] = {
         order=OrderPolicy(value_function="hybrid", relegation=LATE),
     ),
     "ascendra": _split("LP/HP, offload, tickets, dynamic budget, Moore-Hodgson, deadline order", _EDF_MH),
+    "ascendra-2hp": _split("the same with two HPs", _EDF_MH, hp_count=lambda _instances: 2),
+    "ascendra-4hp": _split("the same with four HPs", _EDF_MH, hp_count=lambda _instances: 4),
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),

@@ -1,0 +1,122 @@
+"""The simulator against the live cluster: the same requests, the same settings, the numbers side by side.
+
+python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 44 53 \\
+    --seeds 1 --seconds 40 --drain-s 15 --out bench/results/fidelity-live.json
+python -m bench.fidelity bench/results/fidelity-live.json --trace conv.csv.gz --out bench/results/fidelity.json
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.live.__main__ import fitting, unloaded_ttft_s
+from bench.metrics import Report, summarize
+from bench.options import commit_id, load_profile
+from bench.simulator.cluster import ClusterConfig
+from bench.simulator.engine import EngineConfig
+from bench.simulator.instance import StepTimeTruth
+from bench.simulator.systems import simulate, system_named
+from bench.workloads import load_trace, make_workload, slo_set
+
+POINTS_AIM = 0.02
+"""Joint attainment is to agree within this."""
+TTFT_AIM = 0.1
+"""TTFT percentiles are to agree within this, relative."""
+
+
+def simulated_name(live_name: str) -> str:
+    """Return the simulator's name of a live system: `vllm-rr-512` is `vllm-512-rr` there, others are called alike."""
+    family, _, rest = live_name.partition("-")
+    dispatch, _, tokens = rest.partition("-")
+    return f"vllm-{tokens}-{dispatch}" if family == "vllm" and tokens.isdecimal() else live_name
+
+
+def simulated(settings: Mapping[str, str], trace: Path, system: str, rate_rps: float, seed: int) -> Report:
+    """Serve in virtual time what a live run of these settings was sent."""
+    warmup_s, seconds = float(settings["warmup_s"]), float(settings["seconds"])
+    workload = fitting(
+        make_workload(
+            load_trace(trace),
+            arrivals=settings["arrivals"],
+            rate_rps=rate_rps,
+            requests=round(rate_rps * (warmup_s + seconds)),
+            classes=slo_set(settings["slo"], partial(unloaded_ttft_s, settings["profile"])),
+            seed=seed,
+        ),
+        int(settings["max_model_len"]),
+    )
+    model = load_profile(settings["profile"])
+    config = ClusterConfig(
+        instances=int(settings["workers"]),
+        engine=EngineConfig(
+            kv_tokens=int(settings["kv_capacity_tokens"]), max_model_len=int(settings["max_model_len"])
+        ),
+        believed=model,
+        truth=StepTimeTruth(model=model, jitter_sigma=float(settings["jitter_sigma"])),
+        drain_s=float(settings["drain_s"]),
+        seed=seed,
+    )
+    records = simulate(system_named(simulated_name(system)), workload, config).records
+    return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
+
+
+def compared(live: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, float]:
+    """Return what the simulator says more than the cluster: points of attainment, relative TTFT."""
+    return {
+        "joint_points": model["joint"] - live["joint"],
+        **{name: model[name] / live[name] - 1 for name in ("ttft_p50_s", "ttft_p90_s")},
+    }
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the pairs out, with what is outside the aims marked."""
+    lines = [
+        "| system | req/s | joint live | simulated | TTFT p50 s live | simulated | TTFT p90 s live | simulated |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        live, model = cell["live"], cell["simulated"]
+        off = compared(live, model)
+        marks = {name: "" if abs(value) <= TTFT_AIM else " (!)" for name, value in off.items()}
+        marks["joint_points"] = "" if abs(off["joint_points"]) <= POINTS_AIM else " (!)"
+        lines.append(
+            f"| {cell['system']} | {cell['rate_rps']:g} | {live['joint']:.1%} | {model['joint']:.1%}"
+            f"{marks['joint_points']} | {live['ttft_p50_s']:.3f} | {model['ttft_p50_s']:.3f}{marks['ttft_p50_s']} | "
+            f"{live['ttft_p90_s']:.3f} | {model['ttft_p90_s']:.3f}{marks['ttft_p90_s']} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.split("\n")[0])
+    parser.add_argument("live", type=Path, help="result file of bench.live")
+    parser.add_argument("--trace", type=Path, required=True, help="the trace file of that run")
+    parser.add_argument("--out", type=Path, help="JSON file for the pairs")
+    args = parser.parse_args(argv)
+    document = json.loads(args.live.read_text(encoding="utf-8"))
+    settings = document["settings"]
+    if settings["trace"] != args.trace.name:
+        parser.error(f"{args.live} was measured with {settings['trace']}")
+    cells = []
+    for result in document["results"]:
+        run = (result["system"], result["rate_rps"], result["seed"])
+        report = simulated(settings, args.trace, *run)
+        cells.append(
+            {
+                **dict(zip(("system", "rate_rps", "seed"), run, strict=True)),
+                "live": result["report"],
+                "simulated": report.as_dict(),
+            }
+        )
+    print(table(cells))
+    if args.out:
+        settings_line = {"live": args.live.name, "commit": commit_id(), "live_commit": document["commit"]}
+        args.out.write_text(json.dumps({**settings_line, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
