@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-browser test-oldest-vllm check lint types fmt protos docs bench report clean
+.PHONY: help setup demo up test test-browser test-oldest-vllm check lint types fmt protos docs bench bench-quick report clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -82,10 +82,22 @@ protos: setup ## Generate the gRPC code (committed; a test fails when it and pro
 docs: setup ## Generate docs/{configuration,metrics,protocol}.md (committed; lint fails when they and the code differ)
 	$(PY) -m tools.reference
 
-bench: setup ## What the router adds per token (about ten minutes; wants a quiet machine)
+# Directory of whole traces for the study; bench/traces/README.md says which.
+TRACES ?= traces
+
+bench-quick: setup ## One capacity table from the trace sample in the repository, a few minutes on one core
+	$(PY) -m bench.capacity --trace bench/traces/azure2023_conv_sample.csv.gz --requests 1500 --seeds 1 --overload 1.2 \
+	  --policies vllm-512-rr,vllm-512-work,paper,unified,ascendra,ascendra-pull --out .cache/bench-quick.json
+
+bench: setup ## Every table: the simulated study of TRACES=directory (hours; resumed), and the router's overhead
+	$(PY) -m bench.compile
+	cd .cache/compiled && $(BIN)/python -m bench.study --traces $(abspath $(TRACES)) --out ../../bench/results
+	cd .cache/compiled && $(BIN)/python -m bench.sensitivity --traces $(abspath $(TRACES)) --out ../../bench/results/sensitivity.json
+	$(PY) -m bench.speed --trace $(TRACES)/azure2023_conv_dev.csv.gz --out bench/results/speed.json
 	$(PY) -m demo.build_model --out .cache/demo-model
 	$(PY) -m bench.overhead --model .cache/demo-model --workers 1 --out bench/results/overhead-one-engine.json
 	$(PY) -m bench.overhead --model .cache/demo-model --workers 8 --routers 1 --out bench/results/overhead-eight-engines.json
+	$(PY) -m bench.report
 
 report: setup ## Write docs/report.md from bench/results
 	$(PY) -m bench.report

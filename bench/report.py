@@ -3,78 +3,24 @@ but the sentences around the tables, in bench/report_text.md."""
 
 import argparse
 import json
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from bench.fidelity import table as fidelity_table
 from bench.live.__main__ import table as live_table
 from bench.overhead.__main__ import Cell
 from bench.overhead.__main__ import table as overhead_table
+from bench.report_capacity import draw, goals, overview, sensitivity_section, title, workload_section
 from bench.roles import table as roles_table
+from bench.sensitivity import CASES
+from bench.speed import table as speed_table
+from bench.study import WORKLOADS
 
 RESULTS = Path("bench/results")
 TEXT = Path("bench/report_text.md")
-TARGETS = ("0.99", "0.9")
-
-
-def capacities(results: Sequence[dict[str, Any]], policy: str, target: str) -> dict[int, float]:
-    """Return a policy's capacity by seed, in requests per second."""
-    return {r["seed"]: r["capacity_rps"][target] for r in results if r["policy"] == policy}
-
-
-def best_static(results: Sequence[dict[str, Any]], dispatch: str) -> str:
-    """Return the stock baseline of a dispatch whose static budget carries most, by mean capacity at 99%."""
-    names: set[str] = {
-        r["policy"] for r in results if r["policy"].startswith("vllm-") and r["policy"].endswith(f"-{dispatch}")
-    }
-    return max(names, key=lambda name: statistics.fmean(capacities(results, name, "0.99").values()))
-
-
-def ratio(results: Sequence[dict[str, Any]], policy: str, baseline: str, target: str) -> str:
-    """Return the median over seeds of the ratio of capacities."""
-    ours, theirs = capacities(results, policy, target), capacities(results, baseline, target)
-    return f"{statistics.median(ours[seed] / theirs[seed] for seed in ours):.2f}"
-
-
-def capacity_section(document: dict[str, Any]) -> str:
-    """Render one capacity study: rates with spread, and ratios to the baselines within each seed."""
-    results = document["results"]
-    policies = list(dict.fromkeys(r["policy"] for r in results))
-    baselines = [best_static(results, "rr"), best_static(results, "work"), "paper", "unified"]
-    heads = [f"@{float(t):.0%} req/s (min-max)" for t in TARGETS]
-    heads += [f"{float(t):.0%} / {name}" for name in baselines for t in TARGETS]
-    lines = [settings_line("bench.capacity", document["options"], document["commit"]), ""]
-    lines += ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for policy in policies:
-        cells = []
-        for target in TARGETS:
-            values = list(capacities(results, policy, target).values())
-            cells.append(f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f})")
-        cells += [ratio(results, policy, name, target) for name in baselines for target in TARGETS]
-        lines.append(f"| {policy} | {' | '.join(cells)} |")
-    if document.get("overload"):
-        lines += ["", *overload_lines(document, policies)]
-    return "\n".join(lines)
-
-
-def overload_lines(document: dict[str, Any], policies: Sequence[str]) -> list[str]:
-    """Render what each system keeps beyond the knee."""
-    options = document["options"]
-    lines = [
-        f"At {options['overload']:g}x the 99% capacity of `{options['knee']}`, mean over seeds:",
-        "",
-        "| system | joint | longest tenth of the prompts | worst wait s |",
-        "|---|---|---|---|",
-    ]
-    for policy in policies:
-        reports = [entry["report"] for entry in document["overload"] if entry["policy"] == policy]
-        joint = statistics.fmean(report["joint"] for report in reports)
-        longest = statistics.fmean(report["joint_by_prompt_decile"][-1] for report in reports)
-        worst_s = max(report["longest_wait_s"] for report in reports)
-        lines.append(f"| {policy} | {joint:.1%} | {longest:.1%} | {worst_s:.0f} |")
-    return lines
+IMAGES = Path("docs/images")
 
 
 def settings_line(module: str, settings: dict[str, Any], commit: str) -> str:
@@ -109,18 +55,43 @@ def read(name: str) -> dict[str, Any]:
     return document
 
 
+def study_sections() -> dict[str, str]:
+    """Render the capacity study: its overview, and every workload that has results."""
+    documents = {name: read(f"capacity-{name}") for name in WORKLOADS if (RESULTS / f"capacity-{name}.json").exists()}
+    draw(documents, IMAGES)
+    parts = [f"### {title(document)}\n\n{workload_section(document)}" for document in documents.values()]
+    return {"overview": overview(documents), "goals": goals(documents), "capacities": "\n\n".join(parts)}
+
+
+def sensitivity_tables() -> str:
+    """Render one table a topic."""
+    document = read("sensitivity")
+    base = next(case.change for case in CASES)
+    parts = []
+    for topic in dict.fromkeys(case.topic for case in CASES):
+        cases = [(case.name, case.change is not base, case.systems) for case in CASES if case.topic == topic]
+        parts.append(sensitivity_section(document, topic, cases))
+    return "\n\n".join(parts)
+
+
+def optional(name: str, rendered: Callable[[dict[str, Any]], str]) -> str:
+    """Render a result file, or say that there is none yet."""
+    return rendered(read(name)) if (RESULTS / f"{name}.json").exists() else "Not measured yet."
+
+
 def render() -> str:
     """Fill the text with the tables."""
-    sections = {}
+    sections = study_sections()
     for path in sorted(RESULTS.glob("*.json")):
         name = path.stem
         key = name.replace("-", "_")
-        if name.startswith("capacity"):
-            sections[key] = capacity_section(read(name))
-        elif name.startswith("roles"):
+        if name.startswith("roles"):
             sections[key] = roles_section(read(name))
         elif name.startswith("overhead"):
             sections[key] = overhead_section(read(name))
+    sections["sensitivity"] = optional("sensitivity", lambda _: sensitivity_tables())
+    sections["speed"] = optional("speed", lambda d: speed_table(d["cells"], d["options"]["sizes"]))
+    sections["fidelity"] = optional("fidelity", lambda d: fidelity_table(d["cells"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.bound import capacity_bound_rps
+from bench.bound import capacity_bound_rps, most_kept, works_s
 from bench.capacity import measure, report_at
 from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_from, commit_id, load_profile
 from bench.workloads import load_trace, slo_set
@@ -97,7 +97,7 @@ class Results:
         """Read what is there, or start."""
         if path.exists():
             return cls(path, json.loads(path.read_text(encoding="utf-8")))
-        return cls(path, {"settings": settings, "bounds": {}, "results": [], "overload": []})
+        return cls(path, {"settings": settings, "bounds": {}, "kept_bounds": {}, "results": [], "overload": []})
 
     def save(self) -> None:
         """Write it, whole or not at all."""
@@ -201,6 +201,8 @@ def run(setting: Setting, results: Results, system: str, seed: int) -> None:
         rates = " ".join(f"@{target} {rate:.2f}" for target, rate in found["capacity_rps"].items())
         print(f"{name} {system} seed {seed}: {rates} ({found['seconds']:.0f} s)", file=sys.stderr, flush=True)
     knee_rps = results.capacity(KNEE, TARGETS[0], seed)
+    if knee_rps:
+        note_kept(setting, results, seed, OVERLOAD * knee_rps)
     if knee_rps and results.entry(system, seed, "overload") is None:
         rate_rps = OVERLOAD * knee_rps
         report = report_at(setting, system, seed, rate_rps)
@@ -208,6 +210,17 @@ def run(setting: Setting, results: Results, system: str, seed: int) -> None:
             {"policy": system, "seed": seed, "rate_rps": rate_rps, "report": report, "commit": commit_id()}
         )
         results.save()
+
+
+def note_kept(setting: Setting, results: Results, seed: int, rate_rps: float) -> None:
+    """Note the largest shares of all requests, and of the longest tenth, that any policy could keep at a rate."""
+    workload = setting.workload(1.0, seed)
+    works, lengths = works_s(setting, workload), [request.prompt_tokens for request in workload]
+    available_s = setting.cluster.instances * len(workload) / rate_rps
+    results.document.setdefault("kept_bounds", {})[str(seed)] = {
+        "free": most_kept(works, lengths, available_s),
+        "longest kept": most_kept(works, lengths, available_s, 0.8),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,266 @@
+"""The report's tables and plots of the capacity study and of what it depends on."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("0.99", "0.9")
+OURS = ("ascendra", "ascendra-pool", "ascendra-pull")
+KNEE = "unified"
+
+
+def capacities(document: dict[str, Any], policy: str, target: str) -> dict[int, float]:
+    """Return a policy's capacity by seed, in requests per second."""
+    return {r["seed"]: r["capacity_rps"][target] for r in document["results"] if r["policy"] == policy}
+
+
+def systems(document: dict[str, Any]) -> list[str]:
+    """Return the measured systems: ours, the unified pools, then the baselines by capacity."""
+    names = list(dict.fromkeys(r["policy"] for r in document["results"]))
+    ours = [name for name in names if name in OURS]
+    others = [name for name in names if name not in OURS]
+    means = {name: statistics.fmean(capacities(document, name, "0.99").values()) for name in others}
+    return [*ours, *sorted(others, key=means.__getitem__, reverse=True)]
+
+
+def best(document: dict[str, Any], beginning: str, end: str, target: str) -> str:
+    """Return the baseline of a family (`vllm-`, `-rr`) that carries most at a target; empty when none was measured."""
+    names = [name for name in systems(document) if name.startswith(beginning) and name.endswith(end)]
+    # One seed of every budget was measured; the others only of the best.
+    most = {name: max(capacities(document, name, target).values()) for name in names}
+    return max(most, key=most.__getitem__, default="")
+
+
+def ratios(document: dict[str, Any], policy: str, baseline: str, target: str) -> list[float]:
+    """Return capacities as a ratio to a baseline's, seed by seed where both were measured."""
+    ours, theirs = capacities(document, policy, target), capacities(document, baseline, target)
+    return [ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)]
+
+
+def ratio_cell(document: dict[str, Any], policy: str, baseline: str, target: str) -> str:
+    """Render the median ratio over seeds."""
+    found = ratios(document, policy, baseline, target)
+    return f"{statistics.median(found):.2f}" if found else "-"
+
+
+def baselines(document: dict[str, Any], target: str) -> dict[str, str]:
+    """Return who is compared with, by name of the column."""
+    paper = max(
+        (name for name in systems(document) if name.startswith("paper")),
+        key=lambda name: max(capacities(document, name, target).values()),
+        default="",
+    )
+    return {
+        "vLLM round robin": best(document, "vllm-", "-rr", target),
+        "vLLM least work": best(document, "vllm-", "-work", target),
+        "paper": paper,
+        "unified": KNEE,
+    }
+
+
+def bound_shares(document: dict[str, Any], policy: str, target: str) -> list[float]:
+    """Return capacities as shares of what no policy can exceed."""
+    bounds = document["bounds"]
+    return [rate / bounds[str(seed)][target] for seed, rate in capacities(document, policy, target).items()]
+
+
+def of_bound(document: dict[str, Any], policy: str, target: str) -> str:
+    """Render a capacity as a share of what no policy can exceed."""
+    found = [
+        rate / document["bounds"][str(seed)][target] for seed, rate in capacities(document, policy, target).items()
+    ]
+    return f"{statistics.fmean(found):.2f}" if found else "-"
+
+
+def title(document: dict[str, Any]) -> str:
+    """Name a workload."""
+    settings = document["settings"]
+    arrivals = {"poisson": "Poisson", "trace": "its own timestamps"}.get(
+        settings["arrivals"], settings["arrivals"].replace("gamma:", "Gamma, CV ")
+    )
+    slo = settings["slo"]
+    objective = f"SLO set {slo}" if len(slo) == 1 else " / ".join(f"{float(p):g} ms" for p in slo.split("/"))
+    return f"{settings['trace'].split('_dev')[0].split('_lengths')[0]}, {arrivals}, {objective}"
+
+
+def overview(documents: dict[str, dict[str, Any]]) -> str:
+    """Render our variants on every workload against the best of each family of baselines."""
+    families = ("vLLM round robin", "vLLM least work", "paper", "unified")
+    heads = ["workload", "system", "seeds", *(f"{float(t):.0%} of bound" for t in TARGETS)]
+    heads += [f"{float(t):.0%} / {family}" for family in families for t in TARGETS]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for document in documents.values():
+        for policy in [name for name in systems(document) if name in OURS]:
+            cells = [title(document), policy, str(len(capacities(document, policy, TARGETS[0])))]
+            cells += [of_bound(document, policy, target) for target in TARGETS]
+            cells += [
+                ratio_cell(document, policy, baselines(document, target)[family], target)
+                for family in families
+                for target in TARGETS
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+GOALS = (
+    # (against, workloads whose name begins so, aims at 99% and 90%)
+    ("vLLM round robin", "", (1.4, 1.5)),
+    ("vLLM round robin", "code-trace", (1.8, 2.4)),
+    ("vLLM least work", "", (1.08, 1.15)),
+    ("vLLM least work", "conv-poisson-1000", (1.08, 1.35)),
+    ("vLLM least work", "code-trace", (1.5, 2.1)),
+    ("paper", "", (1.1, 1.1)),
+    ("unified", "", (0.99, 0.99)),
+    ("bound", "conv-poisson-1000", (0.92, 0.96)),
+)
+
+
+def goals(documents: dict[str, dict[str, Any]]) -> str:
+    """Render what was aimed at, and the lowest ratio of each of our variants over the workloads it is meant for."""
+    lines = [f"| ratio of capacities to | at | aim | {' | '.join(OURS)} |", "|---" * (3 + len(OURS)) + "|"]
+    for family, beginning, aims in GOALS:
+        for target, aim in zip(TARGETS, aims, strict=True):
+            cells = [f"{family}, {beginning or 'every workload'}", f"{float(target):.0%}", f"{aim:g}"]
+            for policy in OURS:
+                found = {}
+                for name, document in documents.items():
+                    if not name.startswith(beginning):
+                        continue
+                    if family == "bound":
+                        values = bound_shares(document, policy, target)
+                    else:
+                        values = ratios(document, policy, baselines(document, target)[family], target)
+                    if values:
+                        found[name] = statistics.median(values)
+                lowest = min(found, key=found.__getitem__, default="")
+                met = "met" if lowest and round(found[lowest], 3) >= aim else "**missed**"
+                cells.append(f"{found[lowest]:.2f} {met} ({lowest})" if lowest else "-")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def workload_section(document: dict[str, Any]) -> str:
+    """Render one workload: rates with spread, shares of the bound, and what is kept beyond the knee."""
+    bounds = {t: statistics.fmean(b[t] for b in document["bounds"].values()) for t in TARGETS}
+    commits = sorted({r["commit"][:12] for r in document["results"]})
+    named = {t: baselines(document, t) for t in TARGETS}
+    chosen = "; ".join(
+        f"{family} {' / '.join(dict.fromkeys(named[t][family] or '-' for t in TARGETS))}"
+        for family in ("vLLM round robin", "vLLM least work", "paper")
+    )
+    lines = [
+        f"`python -m bench.study` at {', '.join(f'`{commit}`' for commit in commits)}. "
+        f"Bound: {bounds['0.99']:.1f} requests/s at 99%, {bounds['0.9']:.1f} at 90%. Best budgets: {chosen}.",
+        "",
+        "| system | seeds | @99% req/s (min-max) | of bound | @90% req/s (min-max) | of bound |",
+        "|---|---|---|---|---|---|",
+    ]
+    for policy in systems(document):
+        cells = [policy, str(len(capacities(document, policy, TARGETS[0])))]
+        for target in TARGETS:
+            values = list(capacities(document, policy, target).values())
+            cells += [
+                f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f})",
+                of_bound(document, policy, target),
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if document["overload"]:
+        lines += ["", *overload_lines(document)]
+    return "\n".join(lines)
+
+
+def overload_lines(document: dict[str, Any]) -> list[str]:
+    """Render what each system keeps beyond the knee, and what any could."""
+    lines = [
+        f"At 1.2 times the 99% capacity of `{KNEE}`, mean over seeds:",
+        "",
+        "| system | joint | joint by mean gap | longest tenth of the prompts | worst wait s |",
+        "|---|---|---|---|---|",
+    ]
+    for policy in systems(document):
+        reports = [entry["report"] for entry in document["overload"] if entry["policy"] == policy]
+        if reports:
+            joint, mean_gap = (statistics.fmean(report[name] for report in reports) for name in ("joint", "mean_gap"))
+            longest = statistics.fmean(report["joint_by_prompt_decile"][-1] for report in reports)
+            worst_s = max(report["longest_wait_s"] for report in reports)
+            lines.append(f"| {policy} | {joint:.1%} | {mean_gap:.1%} | {longest:.1%} | {worst_s:.0f} |")
+    for name, words in (("free", "most that fits"), ("longest kept", "most that fits with 80% of the longest tenth")):
+        found = [kept[name] for kept in document.get("kept_bounds", {}).values()]
+        if found:
+            total, longest = (statistics.fmean(pair[i] for pair in found) for i in (0, 1))
+            lines.append(f"| *bound: {words}* | {total:.1%} | | {longest:.1%} | |")
+    return lines
+
+
+def sensitivity_section(document: dict[str, Any], topic: str, cases: Sequence[tuple[str, bool, Sequence[str]]]) -> str:
+    """Render one topic: capacities under each change, and relative to the unchanged setting.
+
+    Args:
+        cases: (name, whether it changes anything, systems) in order.
+    """
+    results = document["results"]
+
+    def capacity(case: str, policy: str, target: str) -> dict[int, float]:
+        found = (r for r in results if r["case"] == case and r["policy"] == policy)
+        return {r["seed"]: r["capacity_rps"][target] for r in found}
+
+    lines = [
+        f"| {topic} | system | @99% req/s | against unchanged | @90% req/s | against unchanged |",
+        "|---" * 6 + "|",
+    ]
+    for name, changed, policies in cases:
+        case = f"{topic}: {name}" if changed else ""
+        for policy in policies:
+            cells = [name, policy]
+            for target in TARGETS:
+                rates = capacity(case, policy, target)
+                if not rates:
+                    break
+                base = capacity("", policy, target)
+                relative = [rates[seed] / base[seed] for seed in rates if base.get(seed)]
+                cells += [
+                    f"{statistics.fmean(rates.values()):.1f}",
+                    f"{statistics.median(relative):.2f}" if relative and changed else "",
+                ]
+            if len(cells) == 6:
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(documents: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Draw every system's capacity as a share of the bound, and what it keeps by prompt length beyond the knee."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = ("vllm-512-rr", "vllm-512-work", "paper", "unified", *OURS)
+    figure, axes = plt.subplots(1, len(TARGETS), figsize=(10, 4), sharey=True)
+    for axis, target in zip(axes, TARGETS, strict=True):
+        for place, policy in enumerate(shown):
+            shares = [statistics.fmean(bound_shares(d, policy, target) or [0.0]) for d in documents.values()]
+            offsets = [index + (place - len(shown) / 2) * 0.11 for index in range(len(documents))]
+            axis.bar(offsets, shares, width=0.1, label=policy)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(documents)), [name.replace("-", "\n", 2) for name in documents], fontsize=6)
+        axis.set_title(f"{float(target):.0%} attaining")
+    axes[0].set_ylabel("capacity / bound")
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(folder / "capacity.png", dpi=100)
+    plt.close(figure)
+
+    name, document = next(iter(documents.items()))
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for policy in shown:
+        reports = [entry["report"] for entry in document["overload"] if entry["policy"] == policy]
+        if reports:
+            deciles = [statistics.fmean(r["joint_by_prompt_decile"][i] for r in reports) for i in range(10)]
+            axis.plot(range(1, 11), deciles, marker="o", markersize=3, label=policy)
+    axis.set(xlabel="tenth of the prompts by length, longest last", ylabel="attaining", title=f"1.2x the knee, {name}")
+    axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(folder / "overload.png", dpi=100)
+    plt.close(figure)
