@@ -52,7 +52,9 @@ class WorkerConfig:
         "auto", "schedule a step while the one before it runs; auto: on CUDA"
     )
     kv_transfer: Literal["auto", "off"] = option(
-        "auto", "hand the KV cache of moved requests over by NIXL; auto: when it is installed (not emulated, not stock)"
+        "auto",
+        "hand the KV cache of moved requests over by NIXL; auto: when it is installed, not for emulated engines, the stock "
+        "scheduler or a CPU engine in several processes",
     )
     kv_transfer_host: str = option("127.0.0.1", "address at which other workers read this one's KV cache")
     kv_lease_s: int = option(10, "seconds that a handed-over KV cache is kept if nobody reads it, at least 6")
@@ -140,8 +142,8 @@ class WorkerConfig:
         )
 
     def _kv_transfer(self) -> KvTransferSettings | None:
-        usable = self.engine != "emulated" and self.scheduler == "policy" and nixl_installed()
-        if self.kv_transfer == "off" or not usable:
+        real = self.engine == "cuda" or (self.engine == "cpu" and self.tensor_parallel_size == 1)
+        if self.kv_transfer == "off" or not real or self.scheduler != "policy" or not nixl_installed():
             return None
         return KvTransferSettings(host=self.kv_transfer_host, lease_s=self.kv_lease_s)
 

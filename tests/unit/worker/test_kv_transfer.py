@@ -37,6 +37,7 @@ def test_kv_is_handed_over_only_where_it_can_be(monkeypatch: pytest.MonkeyPatch)
     assert not wanted(kv_transfer="off")
     assert not wanted(scheduler="stock")
     assert not wanted(engine="emulated")
+    assert not wanted(tensor_parallel_size=2)
     monkeypatch.setattr(config_module, "nixl_installed", lambda: False)
     assert not wanted()
     with pytest.raises(ValueError, match="kv-lease-s"):
