@@ -53,8 +53,8 @@ class WorkerConfig:
     )
     kv_transfer: Literal["auto", "off"] = option(
         "auto",
-        "hand the KV cache of moved requests over by NIXL; auto: when it is installed, not for emulated engines, the stock "
-        "scheduler or a CPU engine in several processes",
+        "hand the KV cache of moved requests over by NIXL; auto: when it is installed, not for emulated engines, "
+        "the stock scheduler or a CPU engine in several processes",
     )
     kv_transfer_host: str = option("127.0.0.1", "address at which other workers read this one's KV cache")
     kv_lease_s: int = option(10, "seconds that a handed-over KV cache is kept if nobody reads it, at least 6")
