@@ -66,11 +66,13 @@ class WorkerEvents:
         placed_by = link.placed
         token_ids = list(step.token_ids)
         ended = {end.handle: end for end in step.ended} if step.ended else {}
+        # A busy worker merges steps: a request may appear more than once, and its end belongs to the last time.
+        last_index = {handle: index for index, handle in enumerate(step.handles)} if ended else {}
         logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
         observe_gap = metrics.TBT.observe
         self._on_standing(link, step, now_s)
         position = 0
-        for handle, count in zip(step.handles, step.token_counts, strict=True):
+        for index, (handle, count) in enumerate(zip(step.handles, step.token_counts, strict=True)):
             chunk = token_ids[position : position + count]
             position += count
             placed = placed_by.get(handle)
@@ -78,7 +80,7 @@ class WorkerEvents:
                 metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
                 continue
             request = placed.request
-            end = ended.get(handle) if ended else None
+            end = ended.get(handle) if ended and last_index[handle] == index else None
             silent = end is not None and _is_silent(request, end)
             delta = request.tokens(placed.attempt, placed.next_offset, chunk, now_s, silent)
             if isinstance(delta, Drop):

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2
+from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2, worker_pb2
 from tests.support.local_router import Collected, LocalRouter, local_router, metadata_of, text_request, until
 from tests.support.scripted_worker import ScriptedWorker
 
@@ -147,3 +147,29 @@ async def test_what_the_engine_relegates_is_reported(router: LocalRouter, worker
     assert [decision.kind for decision in explained.decisions] == ["place", "relegate"]
     assert explained.state == "finished"
     assert explained.HasField("receipt")
+
+
+async def test_a_request_may_appear_twice_in_one_message(router: LocalRouter, worker: ScriptedWorker) -> None:
+    """A busy worker merges steps: an end belongs to a request's last tokens; what follows a stop string is void."""
+    worker.hold = True
+    decode = router.router.codec.decode
+    stopping = text_request(max_tokens=10)
+    stopping.sampling.stop.append(decode([67]).encode())
+    tasks = []
+    for request in (text_request(max_tokens=10), stopping):
+        before = len(worker.submitted)
+        tasks.append(asyncio.create_task(router.collect(request)))
+        await until(lambda before=before: len(worker.submitted) > before)  # type: ignore[misc]
+    handles = [submit.handle for submit in worker.submitted]
+    reason = common_pb2.FINISH_REASON_STOP
+    worker.send_step(
+        handles=[*handles, *handles],
+        token_counts=[2, 2, 1, 1],
+        token_ids=[66, 67, 66, 67, 68, 68],
+        ended=[worker_pb2.RequestEnded(handle=handle, reason=reason, stop_token_id=68) for handle in handles],
+    )
+    ended, stopped = await asyncio.gather(*tasks)
+    assert (ended.token_ids, ended.text) == ([66, 67, 68], decode([66, 67]))
+    assert (ended.finished.reason, ended.finished.stop_token_id) == (reason, 68)
+    assert (stopped.token_ids, stopped.text) == ([66, 67], decode([66]))
+    assert stopped.finished.stop_string == decode([67])
