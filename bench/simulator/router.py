@@ -1,5 +1,6 @@
 """The router in virtual time: what it knows of each worker, and the decisions that services.policy takes from it."""
 
+import heapq
 import math
 import random
 from collections.abc import Sequence
@@ -128,6 +129,8 @@ class RouterPolicy:
 
 
 ROLE_INTERVAL_S = 2.0
+TICKET_HOLDERS = 4
+"""Most LPs that are asked for a request in one go, the most backlogged first."""
 
 
 class PlacingRouter:
@@ -309,10 +312,10 @@ class PlacingRouter:
         ledger.issue((state.view for state in self._high), self._tightest_tbt_s, now_s)
         if not ledger.free:
             return
+        backlogged = (state for state in self._low if state.work_s > state.pace.capacity_s and _may_give(state))
         backlogs_s = {
             state.view.worker_id: state.work_s - state.pace.capacity_s
-            for state in self._low
-            if state.work_s > state.pace.capacity_s
+            for state in heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)
         }
         while backlogs_s and (granted := ledger.grant(backlogs_s, 0.1, now_s)):
             for ticket in granted:
@@ -365,6 +368,14 @@ def _peer_estimate(state: WorkerState, request: QueuedRequest) -> TtftEstimate:
 
 def _room(entry: tuple[float, WorkerState]) -> float:
     return entry[0]
+
+
+def _may_give(state: WorkerState) -> bool:
+    """Whether an LP has a request that a ticket could take."""
+    return any(
+        not (request.started or request.ticketed or request.urgent or cast("SimRequest", request).moving)
+        for request in state.view.queue
+    )
 
 
 def _work(state: WorkerState) -> float:
