@@ -68,13 +68,14 @@ class WorkerEvents:
         ended = {end.handle: end for end in step.ended} if step.ended else {}
         # A busy worker merges steps: a request may appear more than once, and its end belongs to the last time.
         last_index = {handle: index for index, handle in enumerate(step.handles)} if ended else {}
-        logprobs = {entry.handle: entry.positions for entry in step.logprobs} if step.logprobs else {}
+        logprobs = _positions_by_handle(step) if step.logprobs else {}
         observe_gap = metrics.TBT.observe
         self._on_standing(link, step, now_s)
         position = 0
         for index, (handle, count) in enumerate(zip(step.handles, step.token_counts, strict=True)):
             chunk = token_ids[position : position + count]
             position += count
+            positions = _take(logprobs, handle, count) if logprobs else ()
             placed = placed_by.get(handle)
             if placed is None:
                 metrics.DROPPED_FRAMES.labels(reason=Drop.STALE_ATTEMPT).inc()
@@ -91,8 +92,7 @@ class WorkerEvents:
             else:
                 observe_gap(request.spec.slo_class, request.last_gap_s)
             placed.next_offset += count
-            positions = logprobs.get(handle, ())[: len(delta.token_ids)] if logprobs else ()
-            if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions):
+            if not request.sink.tokens(delta.offset, delta.token_ids, delta.text, positions[: len(delta.token_ids)]):
                 self._too_slow(request)
             elif delta.ended and end is None:
                 self._end_here(request)
@@ -226,3 +226,22 @@ def _urgency(placed: Placed) -> tuple[bool, float]:
 def _is_silent(request: LiveRequest, end: worker_pb2.RequestEnded) -> bool:
     """Return whether the last token is a stop token whose text is not part of the completion."""
     return end.HasField("stop_token_id") and not request.spec.sampling.include_stop_in_output
+
+
+def _positions_by_handle(step: worker_pb2.StepOutput) -> dict[int, list[common_pb2.PositionLogprobs]]:
+    """Return the log-probabilities of each handle, in order: one that is behind has several entries in a message."""
+    found: dict[int, list[common_pb2.PositionLogprobs]] = {}
+    for entry in step.logprobs:
+        found.setdefault(entry.handle, []).extend(entry.positions)
+    return found
+
+
+def _take(
+    logprobs: dict[int, list[common_pb2.PositionLogprobs]], handle: int, count: int
+) -> Sequence[common_pb2.PositionLogprobs]:
+    """Remove and return those of the next tokens of a handle."""
+    left = logprobs.get(handle)
+    if left is None:
+        return ()
+    taken, logprobs[handle] = left[:count], left[count:]
+    return taken
