@@ -189,7 +189,7 @@ async def measure(model: Model, context_tokens: int, repetitions: int, deaths: i
             for _ in range(repetitions):
                 for kind in KINDS:
                     took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(kind)
-                    runs.append(Run(kind.value, took_s, moved_by))
+                    runs.append(shown(Run(kind.value, took_s, moved_by)))
             bytes_per_token = next(link.known.kv_transfer.bytes_per_token for link in router.pool.links())
         for index, (name, address) in enumerate(zip(sources[1:], others[1:], strict=True)):
             async with routed(model, address, target) as (router, client):
@@ -198,8 +198,14 @@ async def measure(model: Model, context_tokens: int, repetitions: int, deaths: i
                     await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV)
                 kill = processes_of(processes.front_ends[name])
                 took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV, kill)
-                runs.append(Run(f"killed ({'met' if met else 'unmet'})", took_s, moved_by))
+                runs.append(shown(Run(f"killed ({'met' if met else 'unmet'})", took_s, moved_by)))
     return runs, bytes_per_token
+
+
+def shown(run: Run) -> Run:
+    """Print a run as it ends, and return it."""
+    print(f"{run.method}: {run.next_token_s * 1000:.0f} ms (moved by {run.moved_by})", flush=True)
+    return run
 
 
 def processes_of(front_end: int) -> list[int]:
