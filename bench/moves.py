@@ -3,7 +3,8 @@
 Starts real vLLM workers on CPU and, in this process, a router. Each run starts a stream on one worker, moves it to
 another one when its context has the given length, and measures from the decision to the first token of the new
 attempt. Prompts are random, so no prefix cache helps. The last runs kill the source with SIGKILL when it has handed
-the stream over and before the target has read anything: `met`, when the two had moved a stream before, and `unmet`.
+the stream over and before the target has read anything, after a replay to compare with: `met`, when the two had
+handed over a stream before, and `unmet`.
 """
 
 import argparse
@@ -196,6 +197,8 @@ async def measure(model: Model, context_tokens: int, repetitions: int, deaths: i
                 met = index % 2 == 0
                 if met:
                     await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV)
+                took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.REPLAY)
+                runs.append(shown(Run(MoveMethod.REPLAY.value, took_s, moved_by)))
                 kill = processes_of(processes.front_ends[name])
                 took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV, kill)
                 runs.append(shown(Run(f"killed ({'met' if met else 'unmet'})", took_s, moved_by)))
@@ -229,16 +232,16 @@ def worker(model: Model, name: str) -> dict[str, object]:
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return medians, and the ratios that matter."""
+    """Return medians, and what a transfer gains and a death costs over the replay just before it."""
     methods = list(dict.fromkeys(run.method for run in runs))
     medians_s = {m: statistics.median(run.next_token_s for run in runs if run.method == m) for m in methods}
-    replay_s = medians_s[MoveMethod.REPLAY]
+    pairs = [(before, run) for before, run in itertools.pairwise(runs) if before.method == MoveMethod.REPLAY]
+    ratios = [before.next_token_s / run.next_token_s for before, run in pairs if run.method == MoveMethod.KV]
+    extra_s = [run.next_token_s - before.next_token_s for before, run in pairs if run.method.startswith("killed")]
     return {
         "median_next_token_s": {method: round(value, 4) for method, value in medians_s.items()},
-        "replay_over_kv": round(replay_s / medians_s[MoveMethod.KV], 2),
-        "worst_killed_minus_replay_s": round(
-            max((run.next_token_s - replay_s for run in runs if run.method.startswith("killed")), default=0.0), 3
-        ),
+        "replay_over_kv": {"median": round(statistics.median(ratios), 2), "least": round(min(ratios), 2)},
+        "killed_minus_replay_s": [round(value, 3) for value in extra_s],
     }
 
 
