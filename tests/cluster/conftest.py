@@ -21,6 +21,8 @@ from tests.support.worker_process import REPOSITORY, cpu_worker, emulated_worker
 
 SLOW_STEP_S = 0.4
 """Step time of the worker "slow", long enough to see single steps."""
+SPANS = "spans.sock"
+"""In the site's directory: where its traced workers look for a collector."""
 _MIXED, _LONG = 200, 80
 
 
@@ -52,6 +54,7 @@ def site(tiny_model: Path, corpus_in_making: "Future[Corpus]") -> Iterator[Site]
     """Workers, restarted by their fleet when they end, and a predictor; tests leave them as they found them.
 
     "cpu-lp" and "cpu-hp" run the tiny model; "lp-0" to "lp-2" and "hp" are emulated; so is "slow", with long steps.
+    "traced-0" and "traced-1", emulated too, send their spans to the socket SPANS, where a test may listen.
     """
     emulated = {"vocab_size": VOCAB_SIZE, "served_model_name": "tiny", "drain_timeout_s": 1.5}
     real = {"max_num_seqs": 128, "max_num_batched_tokens": 512}
@@ -63,6 +66,7 @@ def site(tiny_model: Path, corpus_in_making: "Future[Corpus]") -> Iterator[Site]
         )
         profile = directory / "slow.json"
         profile.write_text(json.dumps(steady.to_dict()))
+        spans = {"otlp_endpoint": f"unix:{directory / SPANS}"}
         workers = {
             "cpu-lp": cpu_worker(tiny_model, role="low", **real),
             "cpu-hp": cpu_worker(tiny_model, role="high", **real),
@@ -71,6 +75,8 @@ def site(tiny_model: Path, corpus_in_making: "Future[Corpus]") -> Iterator[Site]
             "lp-2": emulated_worker(role="low", **emulated),
             "hp": emulated_worker(role="high", **emulated),
             "slow": emulated_worker(role="low", step_time_profile=str(profile), max_num_seqs=600, **emulated),
+            "traced-0": emulated_worker(**spans, **emulated),
+            "traced-1": emulated_worker(**spans, **emulated),
         }
         running = Site(directory, workers, tiny_model)
         try:
