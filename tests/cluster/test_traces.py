@@ -31,10 +31,11 @@ async def stream_over_a_death(address: str, client: AsyncClient, site: Site) -> 
         "max_tokens": TOKENS,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "slo": {"ttft_ms": 60_000, "tbt_ms": 5_000},
     }
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "traced"}
-    victim, events = "", 0
+    victim, tokens = "", 0
     async with (
         httpx.AsyncClient(base_url=f"http://{address}", timeout=120, verify=False) as http,
         http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer,
@@ -43,12 +44,13 @@ async def stream_over_a_death(address: str, client: AsyncClient, site: Site) -> 
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
                 continue
-            assert "error" not in json.loads(line.removeprefix("data: "))
-            events += 1
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             if not victim:
                 victim = (await client.explain("traced")).decisions[-1].to_worker_id
                 os.kill(site.fleet.pid(victim), signal.SIGKILL)
-    return victim, events
+    return victim, tokens
 
 
 async def test_spans_connect_across_services_and_over_a_death(site: Site, tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ async def test_spans_connect_across_services_and_over_a_death(site: Site, tmp_pa
         async with running(router, workers=2) as client:
             with GatewayProcess(tmp_path / "gateway.log", [router.address], otlp_endpoint=endpoint) as gateway:
                 old = {worker: site.fleet.pid(worker) for worker in WORKERS}
-                victim, events = await stream_over_a_death(gateway.address, client, site)
+                victim, tokens = await stream_over_a_death(gateway.address, client, site)
                 survivor = next(worker for worker in WORKERS if worker != victim)
                 await spans.until(lambda: bool(spans.named("engine ")))
                 await asyncio.to_thread(gateway.stop)
@@ -66,7 +68,7 @@ async def test_spans_connect_across_services_and_over_a_death(site: Site, tmp_pa
             await until(lambda: bool(spans.named("POST ")), "the gateway's span")
         await spans.until(lambda: bool(spans.named("chat ")))
 
-    assert events >= TOKENS
+    assert tokens == TOKENS
     (front,), (request,) = spans.named("POST "), spans.named("chat tiny")
     attempts = spans.named("attempt ")
     (engine,) = spans.named("engine ")  # the other one died with its worker
