@@ -26,7 +26,7 @@ up: setup ## Start a cluster on this machine and leave it running until Ctrl-C
 	$(BIN)/ascendra up
 
 # One process a part: gRPC allows one event loop a process for long, and each test has its own. The longest come first.
-PARTS := cluster component/worker unit component/router component/gateway component/security component/simulator \
+PARTS := cluster unit component/worker component/router component/gateway component/security component/simulator \
   component/sdk component/predictor
 # Children are always new programs, never forks that go on using gRPC; its fork handlers have crashed long test runs.
 TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
