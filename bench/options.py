@@ -164,6 +164,6 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     # Names, not places: a result file says nothing of the machine's folders.
     if "trace" in options:
         options["trace"] = Path(args.trace).name
-    for place in ("out", "plot"):
+    for place in ("out", "plot", "reference"):
         options.pop(place, None)
     return {"options": options, "commit": commit_id(), "python": platform.python_version()}

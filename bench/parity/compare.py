@@ -88,8 +88,7 @@ def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {key: choice.get(key) for key in _CHOICE_KEYS}
     shown["text"] = choice["text"] if "text" in choice else _text(choice, "message")
-    # A streamed echo of vllm has the prompt's ids unasked.
-    shown["prompt_token_ids"] = choice.get("prompt_token_ids") if choice.get("token_ids") is not None else None
+    shown["prompt_token_ids"] = choice.get("prompt_token_ids")
     shown["role"] = choice.get("role") or choice.get("message", {}).get("role")
     shown["logprobs"] = choice.get("logprobs")
     return shown
@@ -107,9 +106,14 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     return {
         "status": outcome.status,
         "error": outcome.error_code,
-        "choices": outcome.choices,
+        "choices": [_asked_for(choice) for choice in outcome.choices],
         "usage": outcome.usage,
     }
+
+
+def _asked_for(choice: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the prompt's ids where none were asked for: a streamed echo of vllm has them all the same."""
+    return choice if choice["token_ids"] is not None else {**choice, "prompt_token_ids": None}
 
 
 def _compare(where: str, ours: Any, theirs: Any, found: list[str]) -> None:

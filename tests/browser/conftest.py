@@ -40,8 +40,8 @@ def chromium() -> Iterator[Chrome]:
 def gateway(tiny_model: Path) -> Iterator[str]:
     """Address of a gateway in front of a router, an LP and an HP worker."""
     workers = {
-        "lp-0": emulated_worker(role="low", model=str(tiny_model), max_model_len=2048),
-        "hp-0": emulated_worker(role="high", model=str(tiny_model), max_model_len=2048),
+        name: emulated_worker(role=role, model=str(tiny_model), served_model_name="tiny", max_model_len=2048)
+        for name, role in (("lp-0", "low"), ("hp-0", "high"))
     }
     with contextlib.ExitStack() as stack:
         # Socket paths are limited to about a hundred bytes, which pytest's own directories use up.
@@ -52,7 +52,6 @@ def gateway(tiny_model: Path) -> Iterator[str]:
             "model": str(tiny_model),
             "model-name": "tiny",
             "router-id": "router-0",
-            "slo-classes": {"default": {"ttft-ms": 1000, "tbt-ms": 100}},
         }
         router = Service(directory, "router", "router", options).start()
         stack.callback(router.stop)

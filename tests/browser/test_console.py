@@ -15,8 +15,9 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from tests.browser.conftest import Load
+from tests.support.cluster import START_TIMEOUT_S
 
-pytestmark = [pytest.mark.engine, pytest.mark.browser, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.browser, pytest.mark.timeout(600)]
 WAIT_S = 60.0
 
 
@@ -52,7 +53,8 @@ def metrics(gateway: str) -> dict[str, float]:
 def test_console_during_a_live_load(chromium: Chrome, gateway: str) -> None:
     """Numbers move while requests run, equal /metrics when they have ended, and a click shows why one went where."""
     chromium.get(f"http://{gateway}/")
-    eventually("both workers to be ready", lambda: "2 of 2 workers ready" in text(chromium, "#state"))
+    ready = "2 of 2 workers ready"
+    eventually("both workers to be ready", lambda: ready in text(chromium, "#state"), timeout_s=START_TIMEOUT_S)
     assert "no requests yet" in text(chromium, "#recent")
     with Load(gateway) as load:
         eventually("requests to run", lambda: number(chromium, "#tile-running") > 0)
