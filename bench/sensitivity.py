@@ -37,6 +37,10 @@ def _truth(jitter: float = 0.03, bias: float = 1.0, learn: bool = True) -> Calla
     return change
 
 
+def _tbt(seconds: float) -> Callable[[Setting], Setting]:
+    return lambda setting: replace(setting, classes=[replace(one, tbt_s=seconds) for one in setting.classes])
+
+
 def _stale(seconds: float) -> Callable[[Setting], Setting]:
     return lambda setting: replace(setting, cluster=replace(setting.cluster, staleness_s=seconds))
 
@@ -63,6 +67,7 @@ def _same(setting: Setting) -> Setting:
 CASES = (
     Case("prediction error", "sigma 0.03", _same),
     Case("prediction error", "sigma 0.2", _truth(jitter=0.2)),
+    Case("prediction error", "sigma 0.03, TBT objective 63 ms", _tbt(0.063), ("unified",)),
     Case("prediction error", "steps 1.2 times as long as believed, learned", _truth(bias=1.2)),
     Case("LP:HP split", "8:0", _same, ("unified",)),
     Case("LP:HP split", "7:1", _same, ("ascendra",)),
