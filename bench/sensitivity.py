@@ -14,6 +14,7 @@ from bench.capacity import measure
 from bench.options import Setting, add_cluster_options, commit_id
 from bench.study import SEEDS, TARGETS, TOLERANCE, WORKLOADS, Results, workload_setting
 from bench.workloads import TraceRow
+from services.policy.step_time import COEFFICIENTS, StepTimeBin
 
 BASE = "conv-poisson-1000-100"
 COMPARED = ("unified", "ascendra", "ascendra-pull")
@@ -33,6 +34,21 @@ def _truth(jitter: float = 0.03, bias: float = 1.0, learn: bool = True) -> Calla
     def change(setting: Setting) -> Setting:
         truth = replace(setting.cluster.truth, jitter_sigma=jitter, bias=bias)
         return replace(setting, cluster=replace(setting.cluster, truth=truth, learn=learn))
+
+    return change
+
+
+def _slower(factor: float) -> Callable[[Setting], Setting]:
+    """Slower instances, known to be so."""
+
+    def change(setting: Setting) -> Setting:
+        model = setting.cluster.believed
+        bins = tuple(
+            StepTimeBin(bin.max_tokens, *(factor * getattr(bin, c) for c in COEFFICIENTS)) for bin in model.bins
+        )
+        slower = replace(model, bins=bins)
+        truth = replace(setting.cluster.truth, model=slower)
+        return replace(setting, cluster=replace(setting.cluster, believed=slower, truth=truth))
 
     return change
 
@@ -69,6 +85,7 @@ CASES = (
     Case("prediction error", "sigma 0.2", _truth(jitter=0.2)),
     Case("prediction error", "sigma 0.03, TBT objective 63 ms", _tbt(0.063), ("unified",)),
     Case("prediction error", "steps 1.2 times as long as believed, learned", _truth(bias=1.2)),
+    Case("prediction error", "steps 1.2 times as long, believed from the start", _slower(1.2), ("unified",)),
     Case("LP:HP split", "8:0", _same, ("unified",)),
     Case("LP:HP split", "7:1", _same, ("ascendra",)),
     Case("LP:HP split", "6:2", _same, ("ascendra-2hp",)),

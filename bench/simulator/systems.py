@@ -94,7 +94,14 @@ def _paper(value_function: str, tokens: int = 512) -> System:
 
 
 def _split(summary: str, order: OrderPolicy, **changes: object) -> System:
-    base = System(summary=summary, order=order, hp_count=default_hp_count, offload=_OFFLOAD, tickets=TicketPolicy())
+    base = System(
+        summary=summary,
+        placement="tbt_bins",
+        order=order,
+        hp_count=default_hp_count,
+        offload=_OFFLOAD,
+        tickets=TicketPolicy(),
+    )
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
