@@ -86,7 +86,7 @@ docs: setup ## Generate docs/{configuration,metrics,protocol}.md (committed; lin
 TRACES ?= traces
 
 bench-quick: setup ## One capacity table from the trace sample in the repository, a few minutes on one core
-	$(PY) -m bench.capacity --trace bench/traces/azure2023_conv_sample.csv.gz --requests 1500 --seeds 1 --overload 1.2 \
+	$(PY) -m bench.capacity --trace bench/traces/azure2023_conv_sample.csv.gz --requests 1200 --seeds 1 --overload 1.2 \
 	  --policies vllm-512-rr,vllm-512-work,paper,unified,ascendra,ascendra-pull --out .cache/bench-quick.json
 
 bench: setup ## Every table: the simulated study of TRACES=directory (hours; resumed), and the router's overhead

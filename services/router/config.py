@@ -136,7 +136,7 @@ class RouterConfig:
     encode_queue: int = option(256, "texts waiting to be tokenized; more are refused")
 
     placement: str = option(
-        "least_predicted_work",
+        "tbt_bins",
         f"rule that places a new request: {', '.join(PLACEMENTS)}; or {LATE}: workers draw it when they have room",
     )
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
