@@ -142,7 +142,8 @@ def goals(documents: dict[str, dict[str, Any]]) -> str:
 
 def workload_section(document: dict[str, Any]) -> str:
     """Render one workload: rates with spread, shares of the bound, and what is kept beyond the knee."""
-    bounds = {t: statistics.fmean(b[t] for b in document["bounds"].values()) for t in TARGETS}
+    seeds = sorted({r["seed"] for r in document["results"]})
+    bounds = {t: statistics.fmean(document["bounds"][str(seed)][t] for seed in seeds) for t in TARGETS}
     commits = sorted({r["commit"][:12] for r in document["results"]})
     named = {t: baselines(document, t) for t in TARGETS}
     chosen = "; ".join(
