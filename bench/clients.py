@@ -25,6 +25,8 @@ from bench.parity.servers import MODEL_NAME, ascendra_server, vllm_environment
 TTFT_MS, TPOT_MS = 2000, 200
 TOOL_TIMEOUT_S = 400.0
 _NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_LOG = re.compile(r"\b(INFO|NOTICE|WARNING|DEBUG)\b|^Namespace\(|^W\d{4} ")
+"""Lines of a tool that are about itself and the machine."""
 _KEPT = (
     *("completed", "failed", "duration", "total_input_tokens", "total_output_tokens", "request_throughput"),
     *("request_goodput", "output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms"),
@@ -121,7 +123,8 @@ def _write(file: Path, text: str, places: tuple[str, Path, argparse.Namespace]) 
         (str(Path(arguments.aiperf).parent) if arguments.aiperf else "\0", "BIN"),
     ):
         text = text.replace(place, name)
-    file.write_text(text)
+    lines = [line.rstrip() for line in text.splitlines() if not _LOG.search(line)]
+    file.write_text("\n".join(lines).strip() + "\n")
 
 
 def _write_json(file: Path, figures: dict[str, Any]) -> None:
