@@ -21,14 +21,14 @@ from tests.support.worker_process import WorkerFleet, emulated_worker
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Chrome]:
-    """A browser with a window of 1440 x 1900."""
+    """A browser with a window of 1440 x 1540."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.fail("this needs Chromium: apt-get install chromium chromium-driver")
     options = ChromeOptions()
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1440,1900"):
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1440,1540"):
         options.add_argument(f"--{argument}")
     chrome = Chrome(options=options, service=ChromeService(driver))
     chrome.set_page_load_timeout(60)
@@ -48,6 +48,7 @@ def gateway(tiny_model: Path) -> Iterator[str]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ascendra-")))
         fleet = stack.enter_context(WorkerFleet(directory, workers))
         options = {
+            "listen": "127.0.0.1:0",
             "workers": [fleet.address(name) for name in workers],
             "model": str(tiny_model),
             "model-name": "tiny",
@@ -55,7 +56,7 @@ def gateway(tiny_model: Path) -> Iterator[str]:
         }
         router = Service(directory, "router", "router", options).start()
         stack.callback(router.stop)
-        gateway = stack.enter_context(GatewayProcess(directory / "gateway.log", [router.address]))
+        gateway = stack.enter_context(GatewayProcess(directory / "gateway.log", [router.ready["address"]]))
         yield gateway.address
 
 
