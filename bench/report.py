@@ -8,10 +8,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from bench.assess import table as assess_table
+from bench.cpu.budget import Turn
+from bench.cpu.budget import table as budget_table
+from bench.cpu.pair import table as pair_table
 from bench.fidelity import table as fidelity_table
 from bench.live.__main__ import table as live_table
 from bench.overhead.__main__ import Cell
 from bench.overhead.__main__ import table as overhead_table
+from bench.predictor_card import table as card_table
 from bench.report_capacity import draw, goals, overview, sensitivity_section, title, workload_section
 from bench.roles import table as roles_table
 from bench.sensitivity import CASES
@@ -74,6 +79,14 @@ def sensitivity_tables() -> str:
     return "\n\n".join(parts)
 
 
+def card_section(document: dict[str, Any]) -> str:
+    """Render the predictor's card with the loads that it was made under."""
+    loads = ", ".join(f"{one['rate_rps']:g}/s ({one['report']['joint']:.1%})" for one in document["loads"])
+    skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(document["left_out"].items())) or "none"
+    settings = settings_line("bench.predictor_card", document["options"], document["commit"])
+    return f"{settings}\n\n{card_table(document['card'])}\n\nLoads (joint attainment): {loads}. Not judged: {skipped}."
+
+
 def optional(name: str, rendered: Callable[[dict[str, Any]], str]) -> str:
     """Render a result file, or say that there is none yet."""
     return rendered(read(name)) if (RESULTS / f"{name}.json").exists() else "Not measured yet."
@@ -92,6 +105,10 @@ def render() -> str:
     sections["sensitivity"] = optional("sensitivity", lambda _: sensitivity_tables())
     sections["speed"] = optional("speed", lambda d: speed_table(d["cells"], d["options"]["sizes"]))
     sections["fidelity"] = optional("fidelity", lambda d: fidelity_table(d["cells"]))
+    sections["predictor_card"] = optional("predictor-card", card_section)
+    sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
+    sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
+    sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
