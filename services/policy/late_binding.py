@@ -203,7 +203,9 @@ class WaitingSet:
 
         open_ = [instance for instance in instances if may_draw(instance)]
         while open_ and (self._ranked or self._late):
-            instance = min(open_, key=_work)
+            # Not the least work: of two idle ones, the one with fewer decodes is sooner done with a long prompt.
+            head = self._ranked[0][1] if self._ranked else self._late[0]
+            instance = min(open_, key=lambda one: one.pace.finish_s(one.work_s + one.pace.remaining_work_s(head)))
             binding = self._draw_next(instance, split, now_s)
             if binding is None:
                 open_.remove(instance)
@@ -224,8 +226,8 @@ class WaitingSet:
         hop_s = min(instance.view.hop_s for instance in pool)
 
         def in_time(request: QueuedRequest) -> bool:
-            alone_s = self.order.caution * pace.finish_s(pace.remaining_work_s(request))
-            return now_s + hop_s + alone_s <= request.deadline_s
+            # Without caution: what only may be late keeps its place, for here is no second chance.
+            return now_s + hop_s + pace.finish_s(pace.remaining_work_s(request)) <= request.deadline_s
 
         late_ones = [request for _, request in self._ranked if not in_time(request)]
         late_ones += [request for request in self._new if not in_time(request)]
