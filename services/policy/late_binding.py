@@ -10,6 +10,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from services.policy.order import OrderPolicy
@@ -203,9 +204,9 @@ class WaitingSet:
 
         open_ = [instance for instance in instances if may_draw(instance)]
         while open_ and (self._ranked or self._late):
-            # Not the least work: of two idle ones, the one with fewer decodes is sooner done with a long prompt.
+            # Not the least work alone: of two idle ones, the one with fewer decodes is sooner done with a long prompt.
             head = self._ranked[0][1] if self._ranked else self._late[0]
-            instance = min(open_, key=lambda one: one.pace.finish_s(one.work_s + one.pace.remaining_work_s(head)))
+            instance = min(open_, key=partial(_soonest, head))
             binding = self._draw_next(instance, split, now_s)
             if binding is None:
                 open_.remove(instance)
@@ -330,6 +331,12 @@ class WaitingSet:
 def _may_draw_ticket(view: InstanceView, tickets: TicketPolicy, tbt_s: float) -> bool:
     held = sum(request.ticketed for request in view.queue)
     return held < tickets.leases and not ticket_room(view, tickets, tbt_s)
+
+
+def _soonest(request: QueuedRequest, instance: Instance) -> tuple[bool, float]:
+    """Sort instances with nothing queued first, then by when they would be done with a request."""
+    pace = instance.pace
+    return instance.work_s > 0, pace.finish_s(instance.work_s + pace.remaining_work_s(request))
 
 
 def _work(instance: Instance) -> float:

@@ -222,3 +222,11 @@ class Waiting(RuleBasedStateMachine):
 
 TestWaiting = Waiting.TestCase
 TestWaiting.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_of_two_idle_instances_the_one_with_fewer_decodes_draws() -> None:
+    """Nothing is queued on either, but decodes slow a long prompt down."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    waiting.add(request("long", 6000))
+    busy = view("a", decodes=80, decode_context_tokens=100_000, min_tbt_s=0.1)
+    assert [binding.worker_id for binding in turn(waiting, [busy, view("b")])] == ["b"]
