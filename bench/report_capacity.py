@@ -44,6 +44,12 @@ def ratio_cell(document: dict[str, Any], policy: str, baseline: str, target: str
     return f"{statistics.median(found):.2f}" if found else "-"
 
 
+def budgets_tried(document: dict[str, Any], family: str) -> int:
+    """Return how many static budgets were measured of a family of stock vLLM; 2 for families without budgets."""
+    end = {"vLLM round robin": "-rr", "vLLM least work": "-work"}.get(family)
+    return 2 if end is None else sum(name.startswith("vllm-") and name.endswith(end) for name in systems(document))
+
+
 def baselines(document: dict[str, Any], target: str) -> dict[str, str]:
     """Return who is compared with, by name of the column."""
     paper = max(
@@ -95,7 +101,8 @@ def overview(documents: dict[str, dict[str, Any]]) -> str:
             cells = [title(document), policy, str(len(capacities(document, policy, TARGETS[0])))]
             cells += [of_bound(document, policy, target) for target in TARGETS]
             cells += [
-                ratio_cell(document, policy, baselines(document, target)[family], target)
+                ("≤ " if budgets_tried(document, family) == 1 else "")
+                + ratio_cell(document, policy, baselines(document, target)[family], target)
                 for family in families
                 for target in TARGETS
             ]
