@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.policy.calibration import LEVELS, P50, P90, SLICE_LIMITS_S, ResidualSlice, prior_slices
+from services.policy.order import OrderPolicy
 from services.policy.prefill import ROUNDING_S, PrefillPace, prefill_pace
 from services.policy.relegation import MOORE_HODGSON, NONE, late, moore_hodgson
 from services.policy.step_time import StepTimeModel
@@ -18,6 +19,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 _P90_SIGMAS = 1.2816
+_CAUTION = OrderPolicy().caution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ def assess(
     pace = _Paces.of(paces)
     work_s = pace.work_s(tokens=prompt_tokens)
     keys = np.broadcast_to(_keys(value, pace.finish_s(work_s), age_s, ttft_slo_s), work_s.shape)
-    within_s = pace.work_within_s(ttft_slo_s - age_s)
+    within_s = pace.work_within_s((ttft_slo_s - age_s) / _CAUTION)
     ahead_s = np.array(
         [
             _ahead_s(paces[i], one, residents[i], work_s[i], keys[i], within_s[i], age_s, relegation)
