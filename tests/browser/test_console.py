@@ -76,10 +76,12 @@ def test_console_during_a_live_load(chromium: Chrome, gateway: str) -> None:
     assert number(chromium, "#tile-waiting") == found["vllm:num_requests_waiting"] == 0
 
     chromium.find_element(By.ID, "missed").click()
-    eventually("only misses to be listed", lambda: "met" not in rows(chromium, "#recent td:nth-child(4)"))
-    assert "missed" in rows(chromium, "#recent td:nth-child(4)")
-    chosen = rows(chromium, "#recent td:nth-child(2)")[0]
-    chromium.execute_script("document.querySelector('#recent tr.pick').click()")
+    eventually(
+        "only notable requests to be listed", lambda: all(met != "met" or why for met, why in outcomes(chromium))
+    )
+    missed = [met for met, _ in outcomes(chromium)].index("missed")
+    chosen = rows(chromium, "#recent td:nth-child(2)")[missed]
+    chromium.execute_script("document.querySelectorAll('#recent tr.pick')[arguments[0]].click()", missed)
     eventually("the timeline", lambda: "place" in rows(chromium, "#timeline td:nth-child(3)"))
     kinds = rows(chromium, "#timeline td:nth-child(3)")
     assert "first token" in kinds
@@ -87,6 +89,12 @@ def test_console_during_a_live_load(chromium: Chrome, gateway: str) -> None:
     assert "missed" in text(chromium, "#summary")
     assert chromium.current_url.endswith(f"#{chosen}")
     assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
+
+
+def outcomes(chromium: Chrome) -> list[tuple[str, str]]:
+    """Return outcome and remarks of the listed requests."""
+    met, remarks = rows(chromium, "#recent td:nth-child(4)"), rows(chromium, "#recent td:last-child")
+    return list(zip(met, remarks, strict=True))
 
 
 def rows(chromium: Chrome, selector: str) -> list[str]:
