@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 import sys
+from types import ModuleType
 from typing import Any
 
 import orjson
@@ -12,6 +13,9 @@ import orjson
 from services.worker.engine.settings import KvTransferSettings
 
 _ALIASES = ("_api", "_bindings")
+_PROGRESS_PAUSE_US = 1000
+"""Pause of NIXL's progress thread between two looks at its queues. Its Python API hard-codes none, which costs every
+engine a core: a GPU node has it, an engine on CPU has not."""
 
 
 def nixl_installed() -> bool:
@@ -31,6 +35,23 @@ def provide_nixl() -> None:
     sys.modules["nixl"] = importlib.import_module("nixl_cu12")
     for name in _ALIASES:
         sys.modules[f"nixl.{name}"] = importlib.import_module(f"nixl_cu12.{name}")
+    api = sys.modules["nixl._api"]
+    api.nixlBind = _PacedBindings(api.nixlBind)  # type: ignore[attr-defined]
+
+
+class _PacedBindings:
+    """NIXL's bindings, but agents pause between looks at their queues."""
+
+    def __init__(self, bindings: ModuleType) -> None:
+        self._bindings = bindings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bindings, name)
+
+    def nixlAgent(self, name: str, config: Any) -> Any:
+        """Create an agent whose progress thread pauses."""
+        config.pthrDelay = _PROGRESS_PAUSE_US
+        return self._bindings.nixlAgent(name, config)
 
 
 def connector_config(settings: KvTransferSettings, engine: str) -> dict[str, Any]:
