@@ -1,14 +1,22 @@
 """Fixtures shared by all tests: the tiny model and one fleet of real workers a session."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support.tiny_model import shared_tiny_model
 from tests.support.worker_process import WorkerFleet, cpu_worker, emulated_worker
+
+# No time limit by example, for the machine may be busy; and the same examples in every run: what a user runs after a
+# clone passes or fails by the code. `HYPOTHESIS_PROFILE=explore make check` looks for others.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")
