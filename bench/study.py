@@ -42,7 +42,7 @@ class Workload:
     trace: str
     arrivals: str
     slo: str
-    budgets: tuple[int, ...] = (256, 512, 1024, 2048)
+    budgets: tuple[int, ...] = (256, 512, 640, 768, 896, 1024, 2048)
     """Static budgets among which each baseline has its best."""
     requests: int = 3000
     """0: the whole trace, in its time."""
