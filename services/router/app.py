@@ -17,6 +17,7 @@ from services.common.grpc_server import GrpcServer, start_grpc_server
 from services.common.http_status import HttpStatus, start_http_status
 from services.common.lifecycle import announce_ready
 from services.common.logging import get_logger
+from services.common.tasks import end_tasks
 from services.common.tracing import make_tracer
 from services.policy.late_binding import Committed
 from services.router import metrics
@@ -223,8 +224,7 @@ class Router:
     async def _close(self, server: GrpcServer, http: HttpStatus | None, background: "asyncio.Task[None]") -> None:
         self.closing.set()
         await server.stop(_CLOSE_S)
-        background.cancel()
-        await asyncio.gather(background, return_exceptions=True)
+        await end_tasks([background])
         if http is not None:
             await http.stop()
         if self._tracer is not None:

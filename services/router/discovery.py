@@ -1,12 +1,12 @@
 """Which workers there are: a static list, registrations with a time to live, and a DNS name. Owns the links."""
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterable
 
 from services.common.logging import get_logger
+from services.common.tasks import end_tasks
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
@@ -67,9 +67,7 @@ class WorkerPool:
                 if self._dns_name:
                     tasks.create_task(self._resolve())
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await end_tasks(self._tasks.values())
 
     def _add(self, address: str) -> None:
         if address not in self._links:
@@ -94,10 +92,7 @@ class WorkerPool:
 
     async def _remove(self, address: str) -> None:
         self._links.pop(address, None)
-        task = self._tasks.pop(address)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
+        await end_tasks([self._tasks.pop(address)])
 
     async def _resolve(self) -> None:
         host, _, port = self._dns_name.rpartition(":")
