@@ -178,7 +178,7 @@ async def test_hp_draws_urgent_and_ticketed_work(tokenizer_directory: Path) -> N
     low = ScriptedWorker("lp", role=Role.LOW, policy=policy)
     high = ScriptedWorker("hp", role=Role.HIGH, policy=policy)
     low.hold = True
-    async with cluster(tokenizer_directory, low, high, placement=LATE, rescue=False, offload=False) as router:
+    async with cluster(tokenizer_directory, low, high, offload=False, **ONE_EACH) as router:
         long = [request(f"long{i}", text="word " * 350) for i in range(4)]
         tasks = await fill(router, *long)
         await router.collect(request("ticketed"))
