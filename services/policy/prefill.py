@@ -137,7 +137,7 @@ class StepInProgress:
         """
         hop_s += self.left_s
         through_s = before_s + own_s - self.work_s
-        if through_s <= 1e-9:  # its last chunk is in the running step
+        if through_s <= ROUNDING_S:  # its last chunk is in the running step
             return TtftEstimate(hop_s, 0.0, 0.0, hop_s)
         ahead_s = before_s - self.work_s
         done_s = pace.finish_s(through_s)
