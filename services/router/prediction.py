@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ from ascendra.tls import Tls
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
 from services.common.channels import Connector
 from services.common.logging import get_logger
+from services.common.reporting import write_reports
 from services.common.wire import model_from_proto
 from services.policy.calibration import P50, P90, ResidualSlice, prior_slices, slice_index
 from services.policy.step_time import StepTimeBin, StepTimeModel
@@ -210,15 +211,15 @@ class Predictions:
             self._learned[worker.worker_id] = learned
 
     async def _report(self, stub: _Stub) -> None:
-        await stub.ReportOutcomes(self._batches())
+        call = stub.ReportOutcomes()  # type: ignore[call-arg]  # written through the call
+        await write_reports(call, self._due, _OUTCOME_BATCH_S)
 
-    async def _batches(self) -> AsyncIterator[predictor_pb2.ReportOutcomesRequest]:
-        while True:
-            await asyncio.sleep(_OUTCOME_BATCH_S)
-            if self._outcomes:
-                batch = list(self._outcomes)
-                self._outcomes.clear()
-                yield predictor_pb2.ReportOutcomesRequest(router_id=self._router_id, outcomes=batch)
+    def _due(self) -> predictor_pb2.ReportOutcomesRequest | None:
+        if not self._outcomes:
+            return None
+        batch = list(self._outcomes)
+        self._outcomes.clear()
+        return predictor_pb2.ReportOutcomesRequest(router_id=self._router_id, outcomes=batch)
 
     def _choose(self, worker_id: str, now_s: float) -> tuple[str, StepTimeModel]:
         learned = self._learned.get(worker_id)

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
@@ -13,6 +12,7 @@ from ascendra.tls import Tls
 from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
 from services.common.channels import Connector
 from services.common.logging import get_logger
+from services.common.reporting import write_reports
 from services.common.wire import ROLE_TO_PROTO
 from services.worker import metrics
 from services.worker.engine.contract import StepReport
@@ -35,6 +35,8 @@ class TelemetryReporter:
         self._address = address
         self._tls = tls
         self._pending: deque[tuple[common_pb2.StepTelemetry, float]] = deque(maxlen=_MAX_PENDING)
+        self._warm_start: common_pb2.StepTimeModel | None = None
+        """The model in use when a stream begins, until it is told."""
         worker.engine.on_report(self._on_report)
 
     async def run(self) -> None:
@@ -46,7 +48,9 @@ class TelemetryReporter:
                 opened_s = time.monotonic()
                 try:
                     stub = predictor_pb2_grpc.PredictorServiceStub(await connector.channel())
-                    await stub.ReportTelemetry(self._batches())
+                    self._warm_start = await self._worker.engine.step_time_model()
+                    call = stub.ReportTelemetry()  # type: ignore[call-arg]  # written through the call
+                    await write_reports(call, self._due, _BATCH_S)
                 except grpc.aio.AioRpcError as error:
                     log.info("predictor_away", address=self._address, status=error.code().name)
                 except InvalidArgumentError as error:
@@ -57,21 +61,17 @@ class TelemetryReporter:
         finally:
             await connector.close()
 
-    async def _batches(self) -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
-        yield self._request(warm_start=await self._worker.engine.step_time_model())
-        while True:
-            await asyncio.sleep(_BATCH_S)
-            while self._pending:
-                yield self._request()
-
-    def _request(self, warm_start: common_pb2.StepTimeModel | None = None) -> predictor_pb2.ReportTelemetryRequest:
+    def _due(self) -> predictor_pb2.ReportTelemetryRequest | None:
+        if not self._pending and self._warm_start is None:
+            return None
         worker = self._worker
         request = predictor_pb2.ReportTelemetryRequest(
             worker_id=worker.worker_id,
             incarnation=worker.incarnation,
             role=ROLE_TO_PROTO[worker.role],
-            warm_start=warm_start,
+            warm_start=self._warm_start,
         )
+        self._warm_start = None
         now_s = time.monotonic()
         for _ in range(min(len(self._pending), _MAX_BATCH)):
             step, ended_s = self._pending.popleft()
