@@ -2,9 +2,12 @@
 
 from collections import deque
 
-_WINDOW_STEPS = 512
+_WINDOW_STEPS = 1024
 _FEWEST_STEPS = 64
-_LEVEL = 0.99
+_REFERENCE_TBT_S = 0.1
+"""Room is weighed as a share of this gap."""
+_GAPS_OF_A_REQUEST = 100
+"""Gaps of a request of which none may be too long: with so many or fewer its 99th percentile is the longest one."""
 MAX_ALLOWANCE_S = 0.03
 """A path that adds more than this is broken; smaller steps would not mend it, and prefill would starve."""
 
@@ -20,8 +23,18 @@ class DeliverySpread:
         self._inflations_s.append(gap_s - step_s)
 
     def allowance_s(self) -> float:
-        """Return the 99th percentile of what gaps gained over steps, in [0, MAX_ALLOWANCE_S]; 0 until it is known."""
-        if len(self._inflations_s) < _FEWEST_STEPS:
+        """Return the room that pays best, in [0, MAX_ALLOWANCE_S]; 0 until enough steps were seen.
+
+        Room of r seconds takes about r / TBT of an instance's capacity, and as many of the requests under full load; a
+        gap that gains more than r costs each of the requests that had a share in the step with its odds of having had
+        such a gap. The sum is least at one of the gains that were seen.
+        """
+        count = len(self._inflations_s)
+        if count < _FEWEST_STEPS:
             return 0.0
-        ordered = sorted(self._inflations_s)
-        return min(max(ordered[int(_LEVEL * (len(ordered) - 1))], 0.0), MAX_ALLOWANCE_S)
+        ordered = sorted(min(max(gain_s, 0.0), MAX_ALLOWANCE_S) for gain_s in self._inflations_s)
+        costs = (
+            (room_s / _REFERENCE_TBT_S + _GAPS_OF_A_REQUEST * (count - 1 - index) / count, room_s)
+            for index, room_s in enumerate(ordered)
+        )
+        return min(costs)[1]
