@@ -1,4 +1,4 @@
-"""Service processes of a bench: started, awaited until ready, stopped in reverse order."""
+"""Service processes of a bench: started, awaited until ready, stopped in reverse order; they end with the bench."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import psutil
 import yaml
+
+from ascendra.cli.tether import tethered
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -73,7 +75,10 @@ class Processes:
         log_file = self.folder / f"{module}-{len(self._started)}.log"
         with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, *flags), stdout=asyncio.subprocess.PIPE, stderr=log
+                *tethered([sys.executable, "-m", module, *flags]),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
             )
         self._started.append(process)
         assert process.stdout is not None

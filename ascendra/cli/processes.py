@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -11,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from ascendra.cli.tether import tethered
+
 _LOG_TAIL_LINES = 8
 _KILL_WAIT_S = 5.0
 
 Event = dict[str, Any]
 """A JSON line that a service printed; another line is {"event": "line", "text": ...}."""
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
 
 class Child:
-    """A process that runs a module of the checkout; its output goes to a log file."""
+    """A process that runs a module of the checkout and ends with this one; its output goes to a log file."""
 
     def __init__(
         self,
@@ -54,15 +52,14 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", self._module, *self.arguments),
+                *tethered([sys.executable, "-m", self._module, *self.arguments]),
                 cwd=self._root,
                 env=self.environment,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 # Ctrl-C in the terminal is for the parent alone, which stops its children in order.
                 process_group=0,
-                preexec_fn=_die_with(os.getpid()),
             )
             try:
                 assert self._process.stdout is not None
@@ -109,15 +106,3 @@ def _parse(line: bytes) -> Event:
         if isinstance(event, dict) and "event" in event:
             return event
     return {"event": "line", "text": text}
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what makes a forked process end with its parent, even when the parent is killed."""
-
-    def prepare() -> None:
-        if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the call above
-                os._exit(1)
-
-    return prepare

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 
+from ascendra.cli.tether import tethered
 from bench.processes import Processes
 
 MAX_MODEL_LEN = 1024
@@ -40,13 +41,17 @@ async def vllm_server(
         probe.close()
         log_file = Path(folder) / "vllm.log"
         with log_file.open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
+            command = [
                 *(shutil.which("vllm", path=Path(sys.executable).parent) or "vllm", "serve", str(model)),
                 *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"),
                 *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
                 *("--max-num-batched-tokens", str(max_num_batched_tokens)),
                 *("--kv-cache-memory-bytes", str(kv_cache_bytes)),
+            ]
+            process = await asyncio.create_subprocess_exec(
+                *tethered(command),
+                stdin=asyncio.subprocess.PIPE,
                 env={**os.environ, **vllm_environment(Path(folder))},
                 stdout=log,
                 stderr=log,

@@ -142,9 +142,12 @@ class Fleet:
 
 
 def emit(event: str, **details: object) -> None:
-    """Print one event."""
-    sys.stdout.write(orjson.dumps({"event": event, **details}).decode() + "\n")
-    sys.stdout.flush()
+    """Print one event; it is lost when nobody reads any more, for a fleet outlives its starter to stop its workers."""
+    try:
+        sys.stdout.write(orjson.dumps({"event": event, **details}).decode() + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def import_engine() -> None:

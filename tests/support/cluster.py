@@ -20,7 +20,8 @@ import yaml
 
 from ascendra import AsyncClient
 from ascendra.v1 import cluster_pb2
-from tests.support.worker_process import REPOSITORY, WorkerFleet
+from tests.support.tethered_process import start_tethered
+from tests.support.worker_process import WorkerFleet
 
 START_TIMEOUT_S = 300.0
 """Generous: importing vLLM takes ten seconds of a processor, which on a busy machine may be minutes."""
@@ -57,7 +58,7 @@ class Service:
         """Start it and return when it says that it is ready."""
         command = [sys.executable, "-m", self._module, "--config", str(self._config)]
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = start_tethered(command, log)
         assert self.process.stdout is not None
         too_late = threading.Timer(START_TIMEOUT_S, self.process.kill)
         too_late.start()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.tethered_process import start_tethered
+
 STOP_TIMEOUT_S = 40.0
 
 
@@ -21,7 +22,7 @@ class GatewayProcess:
         for name, value in flags.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         with log_file.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = start_tethered(command, log)
 
     def __enter__(self) -> Self:
         assert self.process.stdout is not None

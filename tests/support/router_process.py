@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.tethered_process import start_tethered
+
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 40.0
 
@@ -35,7 +36,7 @@ class RouterProcess:
         file.write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "services.router", "--config", str(file)]
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = start_tethered(command, log)
         self._terminated = False
         self._ready: dict[str, Any] = {}
         self._said = threading.Event()

@@ -13,7 +13,9 @@ from typing import Any, Self
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.tethered_process import REPOSITORY as REPOSITORY
+from tests.support.tethered_process import start_tethered
+
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 20.0
 
@@ -39,7 +41,7 @@ class WorkerFleet:
             file.write_text(yaml.safe_dump({"worker-id": worker_id, "listen": listen, **keys}))
             command += ["--worker", str(file)]
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = start_tethered(command, log)
         self._reader = threading.Thread(target=self._read_events, daemon=True)
         self._reader.start()
 

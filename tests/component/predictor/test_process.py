@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator
 import httpx
 import psutil
 
+from ascendra.cli.tether import tethered
 from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
 from services.common.channels import open_channel
 
 LIMIT_S = 60.0
+PORTS = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
 
 
 async def test_starts_serves_and_stops_with_a_watcher_open() -> None:
     """It says where it is, answers HTTP and gRPC in little memory, and SIGTERM ends it with status 0."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "services.predictor", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+        *tethered([sys.executable, "-m", "services.predictor", *PORTS]),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     try:

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from ascendra import FinishReason, SinkEnd, TokenSink, serve_sink
+from ascendra.cli.tether import tethered
 from ascendra.v1 import inference_pb2
 from services.router.config import SinkConfig
 from tests.support.local_router import Collected, LocalRouter, local_router, text_request, until
@@ -268,7 +269,10 @@ async def test_the_example_is_a_sink_and_its_death_harms_nobody(tokenizer_direct
     """The example prints a request's end; killed in the middle of another, it takes nothing from the caller."""
     environment = os.environ | {"ASCENDRA_SINK_LISTEN": "127.0.0.1:0", "PYTHONUNBUFFERED": "1"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(EXAMPLE), stdout=asyncio.subprocess.PIPE, env=environment
+        *tethered([sys.executable, str(EXAMPLE)]),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
     )
     assert process.stdout is not None
     try:

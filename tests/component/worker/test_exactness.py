@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from ascendra.v1 import common_pb2
 from tests.support.attach_client import AttachClient, Stream
+from tests.support.tethered_process import REPOSITORY
 from tests.support.tiny_model import EOS_TOKEN_ID, VOCAB_SIZE
-from tests.support.worker_process import REPOSITORY, WorkerFleet
+from tests.support.worker_process import WorkerFleet
 
 pytestmark = pytest.mark.engine
 
