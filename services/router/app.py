@@ -115,7 +115,7 @@ class Router:
 
     def is_ready(self) -> bool:
         """Return whether requests are taken: some worker is attached and the router does not drain."""
-        return self.dispatcher.admitting and any(link.attached for link in self.pool.links())
+        return self.dispatcher.admission.open and any(link.attached for link in self.pool.links())
 
     async def run(self, stop: asyncio.Event) -> int:
         """Serve until `stop` is set, then drain; returns the exit status."""
@@ -212,7 +212,7 @@ class Router:
         log.info("draining", live=len(self.dispatcher.live), timeout_s=self.config.drain_timeout_s)
         await server.set_serving(False)
         await asyncio.sleep(self.config.settle_s)
-        self.dispatcher.admitting = False
+        self.dispatcher.admission.open = False
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
                 await self.dispatcher.idle()
@@ -237,7 +237,7 @@ class Router:
         now_s = time.monotonic()
         for link in self.pool.links():
             if link.attached:
-                instance, view = link.instance, self.dispatcher.view(link, now_s)
+                instance, view = link.instance, self.dispatcher.placer.view(link, now_s)
                 yield metrics.WorkerRow(
                     worker_id=link.worker_id,
                     role=view.role.value,
@@ -256,7 +256,7 @@ class Router:
         tokens = self.binder.held_tokens() if self.binder is not None else 0
         now_s = time.monotonic()
         attached = [link for link in self.pool.links() if link.attached]
-        views = [(self.dispatcher.view(link, now_s), link.instance.budget) for link in attached]
+        views = [(self.dispatcher.placer.view(link, now_s), link.instance.budget) for link in attached]
         return max((held_s(tokens, view, budget) for view, budget in views), default=0.0)
 
     def _worker_healths(self) -> Mapping[str, int]:

@@ -74,7 +74,7 @@ class Binder:
         held = _Held(request, request.queued(), time.monotonic())
         self._held[request.spec.request_id] = held
         self._waiting.add(held.queued)
-        self._dispatcher.note(request, "hold", why)
+        self._dispatcher.history.note(request, "hold", why)
         self._publish()
         self._changed.set()
 
@@ -120,9 +120,10 @@ class Binder:
             self._give_up(now_s)
             return
         self._alone_since_s = None
-        pool = [Committed.of(self._dispatcher.view(link, now_s), link.instance.budget) for link in links.values()]
+        placer = self._dispatcher.placer
+        pool = [Committed.of(placer.view(link, now_s), link.instance.budget) for link in links.values()]
         pool = [one for one in pool if one.view.report_age_s <= _STALE_S] or pool
-        self._follow(self._dispatcher.order_policy(links[pool[0].view.worker_id]))
+        self._follow(placer.order_policy(links[pool[0].view.worker_id]))
         for queued in self._waiting.refresh(pool, now_s):
             self._relegate(self._held[queued.request_id], pool)
         self._refuse_late(pool, now_s)
@@ -195,7 +196,7 @@ class Binder:
         if request.spec.refuse_hopeless:
             self._refuse(held, "no instance makes its objective", pool)
         else:
-            self._dispatcher.note(request, "relegate", "no instance makes its objective")
+            self._dispatcher.history.note(request, "relegate", "no instance makes its objective")
 
     def _refuse_late(self, pool: Iterable[Committed], now_s: float) -> None:
         """Refuse what waited beyond the bound and asked to be refused in overload."""

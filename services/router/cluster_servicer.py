@@ -116,7 +116,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             router_id=self._router_id,
             version=__version__,
             workers=workers,
-            attainment=dispatcher.attainment.status(now_s),
+            attainment=dispatcher.history.attainment.status(now_s),
             window_s=WINDOW_S,
             live_requests=len(dispatcher.live),
             prediction_policy=predictions.policy([link.worker_id for link in links if link.attached], now_s),
@@ -128,7 +128,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
 
     def _worker(self, link: WorkerLink, now_s: float) -> cluster_pb2.WorkerStatus:
         instance, known = link.instance, link.known
-        view = self._dispatcher.view(link, now_s)
+        view = self._dispatcher.placer.view(link, now_s)
         typical = QueuedRequest(
             request_id="typical",
             arrival_s=now_s,
@@ -176,6 +176,6 @@ def _counters(dispatcher: Dispatcher) -> dict[str, int]:
         "place": "placements",
     }
     named = {plural[kind]: 0 for kind in plural}
-    for kind, count in dispatcher.counters.items():
+    for kind, count in dispatcher.history.counters.items():
         named[plural.get(kind, kind)] = count
     return named

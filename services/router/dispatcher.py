@@ -1,48 +1,29 @@
-"""The table of live requests: how they are admitted and placed, and where they go when a worker fails.
-
-A thin shell over services.policy: it gathers views, asks the policy, and carries the answer out.
-"""
+"""The table of live requests: how they begin, where they are sent, where they go when a worker fails, how they end."""
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ascendra.v1 import cluster_pb2, common_pb2, worker_pb2
-from services.common.errors import (
-    DeadlineExceeded,
-    ResourceExhausted,
-    ServiceError,
-    Unavailable,
-)
+from services.common.errors import DeadlineExceeded, ResourceExhausted, ServiceError, Unavailable
 from services.common.logging import get_logger
-from services.common.metrics import bounded
 from services.common.wire import ROLE_TO_PROTO
-from services.policy.admission import AdmissionAction, admit
 from services.policy.kv_move import MoveMethod
-from services.policy.order import OrderPolicy
-from services.policy.placement import Placement, PlacementPolicy, PlacementState, place, queue_ttft_s
-from services.policy.state import InstanceView, QueuedRequest
-from services.policy.token_budget import BudgetPolicy
 from services.router import metrics
-from services.router.attainment import Attainment
-from services.router.config import LATE, RouterConfig
+from services.router.admission import RETRY_MS, Admission
+from services.router.config import RouterConfig
 from services.router.contract import move_contract
 from services.router.decision_log import DecisionLog
-from services.router.estimates import in_order, newcomer_ahead
+from services.router.history import History, explanation
 from services.router.instance import Placed
+from services.router.placer import Placer
 from services.router.prediction import Predictions
 from services.router.request import DecisionRecord, LiveRequest, State
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
-
-EXPLAINED_REQUESTS = 2000
-"""Ended requests that Explain still knows."""
-_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED = 3, 8
-_RETRY_MS = 500
 
 
 @dataclass(slots=True)
@@ -83,26 +64,21 @@ class Dispatcher:
         self.config = config
         self.predictions = predictions
         self.links = links
-        self.attainment = Attainment()
+        self.placer = Placer(config, predictions, links)
+        self.history = History(config, decision_log)
+        self.admission = Admission(config, self.placer, self.history, links)
         self.live: dict[str, LiveRequest] = {}
-        self._explained: OrderedDict[str, tuple[str, cluster_pb2.ExplainResponse]] = OrderedDict()
-        self.counters: Counter[str] = Counter()
-        self.admitting = True
         self.work_changed: Callable[[], None] = lambda: None
         """Called when waiting requests should be looked at again."""
         self.binder: Holder | None = None
         """Takes new requests under late binding; moves are placed at once."""
-        self._decision_log = decision_log
-        self._placement = PlacementPolicy() if config.placement == LATE else PlacementPolicy(name=config.placement)
-        self._placement_state = PlacementState()
         self._where: dict[str, tuple[WorkerLink, Placed]] = {}
         self._parked: dict[str, _Parked] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._orders: dict[tuple[str, str], OrderPolicy] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
-    # Requests in.
+    # Requests in and out.
 
     def start(self, request: LiveRequest) -> None:
         """Take a request and place it.
@@ -111,14 +87,9 @@ class Dispatcher:
             ServiceError: it was refused; nothing is left of it.
         """
         spec = request.spec
-        if not self.admitting:
-            raise Unavailable("the router is draining", reason="DRAINING", retry_safe=True, retry_after_ms=_RETRY_MS)
-        if len(self.live) >= self.config.max_live_requests:
-            limit = self.config.max_live_requests
-            raise self._refusal(request, f"the router serves {limit} requests already", "LIVE_LIMIT", _RETRY_MS)
         now_s = time.monotonic()
-        queued = request.queued()
-        self._admit(request, queued, now_s)
+        held, held_tokens = (len(self.binder), self.binder.backlog_tokens()) if self.binder is not None else (0, 0)
+        self.admission.check(request, len(self.live), held, held_tokens, now_s)
         self.live[spec.request_id] = request
         self._idle.clear()
         metrics.LIVE.set(len(self.live))
@@ -127,6 +98,12 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             self._timers[spec.request_id] = loop.call_later(delay_s, self._out_of_time, request)
         self.place(request, "place")
+
+    def finish(self, request: LiveRequest, reason: "common_pb2.FinishReason", stop_token_id: int | None = None) -> None:
+        """End a request with its last message."""
+        text, finished = request.finish(reason, stop_token_id)
+        request.sink.finished(text, finished)
+        self._close(request, "finished")
 
     def cancel(self, request: LiveRequest, *, acknowledge: bool = False) -> None:
         """Give a request up because its client asked or is gone; the worker is told to abort it.
@@ -156,7 +133,7 @@ class Dispatcher:
 
     def refuse(self, request: LiveRequest, why: str, retry_after_s: float) -> None:
         """End a request that was let in and asked to be refused in overload."""
-        self.note(request, "refuse", why)
+        self.history.note(request, "refuse", why)
         delay_ms = round(retry_after_s * 1000)
         error = ResourceExhausted(why, reason="OVERLOADED", retry_safe=True, retry_after_ms=delay_ms)
         metrics.refused(error)
@@ -171,39 +148,24 @@ class Dispatcher:
         """Return when nothing is live."""
         await self._idle.wait()
 
-    def explain(self, request_id: str) -> tuple[str, cluster_pb2.ExplainResponse] | None:
-        """Return the tenant of a live or recently ended request, and the decisions about it."""
-        request = self.live.get(request_id)
-        if request is not None:
-            return request.spec.tenant, _explanation(request)
-        return self._explained.get(request_id)
+    # What is known of them.
 
     def where(self, request: LiveRequest) -> tuple[WorkerLink, Placed] | None:
         """Return the present attempt of a request; None while it has none."""
         return self._where.get(request.spec.request_id)
 
+    def explain(self, request_id: str) -> tuple[str, cluster_pb2.ExplainResponse] | None:
+        """Return the tenant of a live or recently ended request, and the decisions about it."""
+        request = self.live.get(request_id)
+        if request is not None:
+            return request.spec.tenant, explanation(request)
+        return self.history.ended(request_id)
+
     def usable(self) -> list[worker_pb2.Welcome]:
         """Return what the attached workers said of themselves."""
         return [link.known for link in self.links() if link.attached]
 
-    # Placement.
-
-    def view(self, link: WorkerLink, now_s: float) -> InstanceView:
-        """Return a worker as the policies see it now."""
-        return link.instance.refresh(self.predictions.model(link.worker_id, now_s), now_s)
-
-    def order_policy(self, link: WorkerLink) -> OrderPolicy:
-        """Return the order that a worker's engine keeps."""
-        names = (link.instance.policy.value_function, link.instance.policy.relegation)
-        policy = self._orders.get(names)
-        if policy is None:
-            try:
-                policy = OrderPolicy(value_function=names[0] or "llf", relegation=names[1] or "none")
-            except ValueError as error:
-                log.warning("policy_unknown", worker_id=link.worker_id, why=str(error))
-                policy = OrderPolicy()
-            self._orders[names] = policy
-        return policy
+    # Where they go.
 
     def place(self, request: LiveRequest, kind: str, rule: str = "", avoid: WorkerLink | None = None) -> None:
         """Send a request to the worker that the placement policy chooses, or park it while there is none.
@@ -220,29 +182,14 @@ class Dispatcher:
             else:
                 self._park(request, now_s)
             return
-        choice, link = self.choose(request, now_s, avoid)
+        choice, link = self.placer.choose(request, now_s, avoid)
         if link is None:
             self._park(request, now_s)
             return
         reason = f"{rule}; {choice.rule}" if rule else choice.rule
-        self.submit(request, link, self._placement_record(request, kind, reason, choice, now_s))
-
-    def choose(
-        self, request: LiveRequest, now_s: float, avoid: WorkerLink | None = None
-    ) -> tuple[Placement, WorkerLink | None]:
-        """Return the placement policy's choice for a request, and the worker; None when none takes requests."""
-        links = {link.worker_id: link for link in self.links() if link.takes_requests(now_s)}
-        if avoid is not None and len(links) > 1:
-            links.pop(avoid.worker_id, None)
-        views = [self.view(link, now_s) for link in links.values()]
-
-        def predict(view: InstanceView, new: QueuedRequest, _: BudgetPolicy) -> float:
-            return queue_ttft_s(view, new, links[view.worker_id].instance.budget)
-
-        affinity = request.spec.session_id
-        state, default = self._placement_state, self.config.budget_policy
-        choice = place(request.queued(), views, self._placement, state, default, affinity, predict)
-        return choice, links[choice.worker_id] if choice.worker_id is not None else None
+        age_s = now_s - request.arrival_s
+        candidates = self.placer.candidates(request, choice, age_s)
+        self.submit(request, link, DecisionRecord(age_s, kind, reason, candidates=candidates))
 
     def submit(
         self,
@@ -276,33 +223,19 @@ class Dispatcher:
             queued.computed_tokens = queued.prompt_tokens - 1
         handle = link.new_handle()
         placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s, by_kv=bool(kv_handle))
-        placed.predicted_s, placed.queue_ahead_s = predicted or self.predict(link, queued, now_s)
+        placed.predicted_s, placed.queue_ahead_s = predicted or self.placer.predict(link, queued, now_s)
         p50_ratio, p90_ratio = self.predictions.stated_ratios(link.worker_id, placed.queue_ahead_s)
         placed.predicted_p50_s = placed.predicted_s * p50_ratio
         placed.predicted_p90_s = placed.predicted_s * p90_ratio
         record.to_worker_id = link.worker_id
         record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
-        self.record(request, record)
+        self.history.record(request, record)
         self._where[request.spec.request_id] = (link, placed)
         message = request.submission(
             handle, now_s, urgent=urgent, ticketed=ticketed, relegated=relegated, kv_handle=kv_handle
         )
         link.submit(placed, message)
         self.work_changed()
-
-    def record(self, request: LiveRequest, record: DecisionRecord) -> None:
-        """Remember, count and log a decision."""
-        request.decide(record)
-        if request.trace is not None:
-            request.trace.decided(record)
-        metrics.DECISIONS.labels(kind=record.kind).inc()
-        self.counters[record.kind] += 1
-        self._decision_log.write(request, record)
-
-    def note(self, request: LiveRequest, kind: str, rule: str, from_worker_id: str = "") -> None:
-        """Remember a decision that sends the request nowhere."""
-        at_s = time.monotonic() - request.arrival_s
-        self.record(request, DecisionRecord(at_s, kind, rule, from_worker_id))
 
     def unplace(self, request: LiveRequest) -> None:
         """Take note that a worker handed a request back."""
@@ -311,103 +244,23 @@ class Dispatcher:
             found[0].forget(found[1])
         request.fence()
 
+    def detach(self, request: LiveRequest) -> None:
+        """Take note that a request's attempt is over at its worker."""
+        self._where.pop(request.spec.request_id, None)
+
+    def stop_attempt(self, request: LiveRequest) -> None:
+        """Abort a request's present attempt, if it has one; the request stays live."""
+        found = self._where.pop(request.spec.request_id, None)
+        if found is not None:
+            link, placed = found
+            link.cancel(placed)
+
     def abandon(self, request: LiveRequest, why: str) -> None:
         """Abort a request's present attempt and continue it elsewhere."""
         found = self._where.get(request.spec.request_id)
         if found is not None and not request.ended:
             self.stop_attempt(request)
             self.move(request, found[0], why, "abandoned")
-
-    def detach(self, request: LiveRequest) -> None:
-        """Take note that a request's attempt is over at its worker."""
-        self._where.pop(request.spec.request_id, None)
-
-    def place_parked(self, why: str) -> None:
-        """Place the requests that wait for a worker."""
-        waiting, self._parked = list(self._parked.values()), {}
-        metrics.PARKED.set(0)
-        for parked in waiting:
-            self.place(parked.request, "move" if parked.request.moves else "place", why)
-
-    def parked(self) -> int:
-        """Return how many requests wait for any worker."""
-        return len(self._parked)
-
-    def expire_parked(self, now_s: float) -> None:
-        """Fail requests that waited too long for a worker."""
-        for parked in [p for p in self._parked.values() if p.until_s <= now_s]:
-            waited = self.config.no_worker_wait_s
-            error = Unavailable(
-                f"no worker took requests for {waited:g} s",
-                reason="NO_WORKER",
-                retry_safe=not parked.request.has_tokens,
-                retry_after_ms=1000,
-            )
-            self.fail(parked.request, error)
-
-    def _admit(self, request: LiveRequest, queued: QueuedRequest, now_s: float) -> None:
-        links = [link for link in self.links() if link.takes_requests(now_s)]
-        if not links:
-            return  # it waits for a worker, for a while
-        estimates = []
-        waiting = len(self.binder) if self.binder is not None else 0
-        held_tokens = self.binder.backlog_tokens() // len(links) if self.binder is not None else 0
-        for link in links:
-            view = self.view(link, now_s)
-            ahead = newcomer_ahead(view, link.instance.budget)
-            ahead.work_s += ahead.pace.token_s * held_tokens
-            estimates.append(ahead.estimate(queued))
-            waiting += len(view.queue)
-        decision = admit(
-            request.spec.slo,
-            estimates,
-            waiting,
-            self.config.admission_policy,
-            request.spec.refuse_hopeless,
-            now_s - request.arrival_s,
-        )
-        if decision.action is AdmissionAction.REFUSE:
-            self.note(request, "refuse", decision.reason)
-            raise self._refusal(request, decision.reason, "OVERLOADED", round(decision.retry_after_s * 1000))
-        if decision.action is AdmissionAction.RELEGATE:
-            self.note(request, "hopeless", decision.reason)
-
-    def _refusal(self, request: LiveRequest, message: str, reason: str, retry_after_ms: int) -> ResourceExhausted:
-        request.fail(State.REFUSED)
-        self._archive(request, "refused")
-        self._attained(request, served=False)
-        return ResourceExhausted(message, reason=reason, retry_safe=True, retry_after_ms=retry_after_ms)
-
-    def predict(self, link: WorkerLink, queued: QueuedRequest, now_s: float) -> tuple[float, float]:
-        """Return predicted remaining seconds to the first token and seconds of queue ahead, in the engine's order."""
-        view = self.view(link, now_s)
-        view.queue.append(queued)
-        ordered, estimates, _ = in_order(view, now_s, self.order_policy(link), link.instance.budget)
-        for other, estimate in zip(ordered, estimates, strict=True):
-            if other is queued:
-                return estimate.mean_s + view.hop_s, estimate.wait_s
-        return 0.0, 0.0
-
-    def _placement_record(
-        self, request: LiveRequest, kind: str, rule: str, choice: Placement, now_s: float
-    ) -> DecisionRecord:
-        age_s = now_s - request.arrival_s
-        left_s = request.spec.slo.ttft_s - age_s
-        candidates = [
-            cluster_pb2.Candidate(
-                worker_id=c.worker_id,
-                predicted_ttft_s=age_s + c.ttft_s,
-                miss_ttft=self.predictions.miss_probability(c.worker_id, c.ttft_s, c.ttft_s, left_s),
-                excluded=c.excluded,
-            )
-            for c in choice.candidates
-        ]
-        return DecisionRecord(age_s, kind, rule, candidates=candidates)
-
-    def _park(self, request: LiveRequest, now_s: float) -> None:
-        self._parked[request.spec.request_id] = _Parked(request, now_s + self.config.no_worker_wait_s)
-        metrics.PARKED.set(len(self._parked))
-        self.note(request, "park", "no worker takes requests")
 
     def move(self, request: LiveRequest, link: WorkerLink, why: str, cause: str) -> None:
         """Continue a request elsewhere after its worker gave it up; its old attempt is fenced already.
@@ -435,28 +288,41 @@ class Dispatcher:
         if request.has_tokens:
             metrics.RUNNING_MOVES.labels(cause=cause, outcome=outcome).inc()
 
+    def place_parked(self, why: str) -> None:
+        """Place the requests that wait for a worker."""
+        waiting, self._parked = list(self._parked.values()), {}
+        metrics.PARKED.set(0)
+        for parked in waiting:
+            self.place(parked.request, "move" if parked.request.moves else "place", why)
+
+    def expire_parked(self, now_s: float) -> None:
+        """Fail requests that waited too long for a worker."""
+        for parked in [p for p in self._parked.values() if p.until_s <= now_s]:
+            waited = self.config.no_worker_wait_s
+            error = Unavailable(
+                f"no worker took requests for {waited:g} s",
+                reason="NO_WORKER",
+                retry_safe=not parked.request.has_tokens,
+                retry_after_ms=1000,
+            )
+            self.fail(parked.request, error)
+
+    # How it is done.
+
+    def _park(self, request: LiveRequest, now_s: float) -> None:
+        self._parked[request.spec.request_id] = _Parked(request, now_s + self.config.no_worker_wait_s)
+        metrics.PARKED.set(len(self._parked))
+        self.history.note(request, "park", "no worker takes requests")
+
     def _lost(self, request: LiveRequest, message: str, reason: str) -> None:
         safe = not request.has_tokens
-        self.fail(request, Unavailable(message, reason=reason, retry_safe=safe, retry_after_ms=_RETRY_MS))
-
-    def finish(self, request: LiveRequest, reason: "common_pb2.FinishReason", stop_token_id: int | None = None) -> None:
-        """End a request with its last message."""
-        text, finished = request.finish(reason, stop_token_id)
-        request.sink.finished(text, finished)
-        self._close(request, "finished")
+        self.fail(request, Unavailable(message, reason=reason, retry_safe=safe, retry_after_ms=RETRY_MS))
 
     def _out_of_time(self, request: LiveRequest) -> None:
         self._timers.pop(request.spec.request_id, None)
         limit_s = request.spec.timeout_s
         safe = not request.has_tokens
         self.fail(request, DeadlineExceeded(f"not finished within {limit_s:g} s", reason="TIMEOUT", retry_safe=safe))
-
-    def stop_attempt(self, request: LiveRequest) -> None:
-        """Abort a request's present attempt, if it has one; the request stays live."""
-        found = self._where.pop(request.spec.request_id, None)
-        if found is not None:
-            link, placed = found
-            link.cancel(placed)
 
     def _close(self, request: LiveRequest, outcome: str) -> None:
         request_id = request.spec.request_id
@@ -471,9 +337,7 @@ class Dispatcher:
         metrics.LIVE.set(len(self.live))
         if not self.live:
             self._idle.set()
-        self._archive(request, outcome)
-        if outcome != "cancelled":
-            self._attained(request, served=request.state is State.FINISHED)
+        self.history.end(request, outcome)
         log.info(
             "request_ended",
             request_id=request_id,
@@ -481,30 +345,3 @@ class Dispatcher:
             tokens=len(request.generated),
             attempts=len(request.attempts),
         )
-
-    def _archive(self, request: LiveRequest, outcome: str) -> None:
-        spec = request.spec
-        metrics.ended(spec.slo_class, bounded(spec.tenant, self.config.tenants), outcome)
-        self._decision_log.write_end(request, outcome, time.monotonic())
-        if request.trace is not None:
-            request.trace.ends(request, outcome)
-        self._explained[spec.request_id] = spec.tenant, _explanation(request)
-        while len(self._explained) > EXPLAINED_REQUESTS:
-            self._explained.popitem(last=False)
-
-    def _attained(self, request: LiveRequest, *, served: bool) -> None:
-        ttft_s, p99_gap_s, slo = request.ttft_s, request.p99_gap_s(), request.spec.slo
-        ttft_met, tbt_met = served and ttft_s <= slo.ttft_s, served and p99_gap_s <= slo.tbt_s
-        slo_class = request.spec.slo_class
-        metrics.judged(slo_class, ttft_met=ttft_met, tbt_met=tbt_met)
-        self.attainment.record(slo_class, time.monotonic(), ttft_s, p99_gap_s, ttft_met=ttft_met, tbt_met=tbt_met)
-
-
-def _explanation(request: LiveRequest) -> cluster_pb2.ExplainResponse:
-    state = "waiting" if request.state is State.RECEIVED else str(request.state)
-    return cluster_pb2.ExplainResponse(
-        request_id=request.spec.request_id,
-        decisions=[record.to_proto() for record in request.decisions],
-        receipt=request.receipt() if request.ended else None,
-        state=state,
-    )

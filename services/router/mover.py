@@ -105,10 +105,10 @@ class Mover:
         source, placed = found
         now_s = time.monotonic()
         if target is None:
-            _, target = self._dispatcher.choose(request, now_s, avoid=source)
+            _, target = self._dispatcher.placer.choose(request, now_s, avoid=source)
         if target is None or target is source or not target.takes_requests(now_s):
             return None
-        replay_s, _ = self._dispatcher.predict(target, request.queued(), now_s)
+        replay_s, _ = self._dispatcher.placer.predict(target, request.queued(), now_s)
         excluded = self._no_transfer(source, target, placed, now_s)
         if excluded:
             choice = MoveChoice(MoveMethod.REPLAY, excluded, 0.0, replay_s)
@@ -161,7 +161,7 @@ class Mover:
             placed.moving = False
             self._undecided(transfer, "refused")
             if here:
-                self._dispatcher.note(request, "move_refused", exported.refused, link.worker_id)
+                self._dispatcher.history.note(request, "move_refused", exported.refused, link.worker_id)
             return
         if not here:
             self._drop(transfer, exported.handle)
@@ -294,7 +294,7 @@ class Mover:
         plan = transfer.plan
         metrics.KV_MOVES.labels(outcome=outcome).inc()
         self._pair(plan.source, plan.target).breaker.failed(time.monotonic())
-        self._dispatcher.note(plan.request, "kv_failed", why, plan.source.worker_id)
+        self._dispatcher.history.note(plan.request, "kv_failed", why, plan.source.worker_id)
 
     def _expire(self, now_s: float) -> None:
         """Compute again what was not handed over, or not read, within its bound."""

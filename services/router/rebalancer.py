@@ -94,7 +94,7 @@ class _Targets:
     def _of(self, link: WorkerLink) -> Ahead:
         ahead = self._ahead.get(link.worker_id)
         if ahead is None:
-            view = self._dispatcher.view(link, self._now_s)
+            view = self._dispatcher.placer.view(link, self._now_s)
             ahead = self._ahead[link.worker_id] = newcomer_ahead(view, link.instance.budget)
         return ahead
 
@@ -180,8 +180,8 @@ class Rebalancer:
                     transfer.target.instance.expect_no_more(transfer.placed.request.spec.request_id)
 
     def _queue(self, link: WorkerLink, now_s: float) -> _Queue:
-        view = self._dispatcher.view(link, now_s)
-        order = self._dispatcher.order_policy(link)
+        view = self._dispatcher.placer.view(link, now_s)
+        order = self._dispatcher.placer.order_policy(link)
         ordered, estimates, pace = in_order(view, now_s, order, link.instance.budget)
         placed = {placed.queued.request_id: placed for placed in link.instance.queue}
         return _Queue(link, ordered, estimates, pace, placed)
@@ -254,7 +254,7 @@ class Rebalancer:
         if self._ledger.policy.leases <= 0 or not high:
             return
         objectives_s = [p.request.spec.slo.tbt_s for queue in queues for p in queue.placed.values()]
-        views = [self._dispatcher.view(link, now_s) for link in high]
+        views = [self._dispatcher.placer.view(link, now_s) for link in high]
         issued = self._ledger.issue(views, min(objectives_s, default=0.0), now_s)
         metrics.TICKETS.labels("issued").inc(len(issued))
         backlogs_s = {
@@ -291,7 +291,7 @@ class Rebalancer:
         self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
 
     def _newcomer_ahead(self, link: WorkerLink, now_s: float) -> Ahead:
-        return newcomer_ahead(self._dispatcher.view(link, now_s), link.instance.budget)
+        return newcomer_ahead(self._dispatcher.placer.view(link, now_s), link.instance.budget)
 
     def _may_leave(self, queue: _Queue, queued: QueuedRequest) -> bool:
         """Started requests stay in the list: they take their part of the next step."""
@@ -325,7 +325,7 @@ class Rebalancer:
         placed.decided_s = time.monotonic()
         metrics.TRANSFERS.labels(transfer.kind, "handed_back" if handed_back else "too_late").inc()
         if not handed_back:
-            self._dispatcher.note(request, "withdraw_refused", "its prefill had started", link.worker_id)
+            self._dispatcher.history.note(request, "withdraw_refused", "its prefill had started", link.worker_id)
             return
         self._dispatcher.unplace(request)
         if transfer.kind == "refuse":

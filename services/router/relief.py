@@ -90,7 +90,7 @@ class StreamRelief:
         return self._mover.plan(self._dispatcher.live[request_id], target, KIND)
 
     def _cadence(self, link: WorkerLink, now_s: float) -> Cadence:
-        view = self._dispatcher.view(link, now_s)
+        view = self._dispatcher.placer.view(link, now_s)
         # A copy: whoever predicts next changes the queue of the view.
         return Cadence(replace(view, queue=list(view.queue)), link.instance.budget, link.instance.observed_step_s)
 

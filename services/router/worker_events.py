@@ -207,7 +207,7 @@ class WorkerEvents:
             if placed is not None and not placed.queued.relegated:
                 placed.queued.relegated = True
                 placed.request.relegated = True
-                self._dispatcher.note(
+                self._dispatcher.history.note(
                     placed.request, "relegate", "its worker predicts that it cannot make it", link.worker_id
                 )
 
