@@ -21,15 +21,17 @@ from services.router import metrics
 from services.router.dispatcher import Dispatcher
 from services.router.rebalancer import Rebalancer
 from services.router.request import DecisionRecord, LiveRequest
+from services.router.rounds import run_rounds
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
 
 _STALE_S = 1.0
 """A worker that has said nothing for longer draws only when there is no other."""
-_SHORTEST_ROUND_S = 0.001
+_SHORT_ROUND_S = 0.001
+"""A draw that took no longer is not followed by a pause."""
 _ROUND_SHARE = 0.2
-"""Most of the time that drawing may take."""
+"""Most of the time that longer ones may take."""
 
 
 @dataclass(slots=True)
@@ -92,23 +94,8 @@ class Binder:
             self._changed.set()
 
     async def run(self) -> None:
-        """Let workers draw, when something changed and at least every `decide_interval_ms`, until cancelled."""
-        interval_s = self._config.decide_interval_ms / 1000
-        while True:
-            try:
-                async with asyncio.timeout(interval_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
-            self._changed.clear()
-            began_s = time.monotonic()
-            try:
-                self.round(began_s)
-            except Exception:
-                log.exception("draw_failed")  # what is held stays here until the next round
-            took_s = time.monotonic() - began_s
-            if took_s > _SHORTEST_ROUND_S:
-                await asyncio.sleep(took_s / _ROUND_SHARE)
+        """Let workers draw until cancelled."""
+        await run_rounds(self.round, self._changed, self._config.decide_interval_ms / 1000, _pause_s)
 
     def round(self, now_s: float) -> None:
         """Let the workers that have room draw."""
@@ -229,3 +216,7 @@ class Binder:
     def _publish(self) -> None:
         metrics.HELD.set(len(self._held))
         metrics.HELD_RELEGATED.set(self._waiting.relegated)
+
+
+def _pause_s(took_s: float) -> float:
+    return took_s / _ROUND_SHARE if took_s > _SHORT_ROUND_S else 0.0

@@ -22,11 +22,13 @@ from services.router.dispatcher import Dispatcher
 from services.router.estimates import Ahead, in_order, newcomer_ahead
 from services.router.instance import Placed
 from services.router.request import DecisionRecord
+from services.router.rounds import run_rounds
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
 
-_SHORTEST_ROUND_S = 0.004
+_SHORTEST_PAUSE_S = 0.004
+"""Between two rounds."""
 _ROUND_SHARE = 0.1
 """Most of the time that rounds may take."""
 
@@ -120,22 +122,7 @@ class Rebalancer:
 
     async def run(self) -> None:
         """Decide until cancelled."""
-        interval_s = self._config.decide_interval_ms / 1000
-        while True:
-            try:
-                async with asyncio.timeout(interval_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
-            self._changed.clear()
-            began_s = time.monotonic()
-            try:
-                self.round(began_s)
-            except Exception:
-                log.exception("round_failed")  # what waits stays where it is until the next round
-            took_s = time.monotonic() - began_s
-            metrics.ROUND_SECONDS.observe(took_s)
-            await asyncio.sleep(max(_SHORTEST_ROUND_S, took_s / _ROUND_SHARE))
+        await run_rounds(self._timed_round, self._changed, self._config.decide_interval_ms / 1000, _pause_s)
 
     def round(self, now_s: float) -> None:
         """Take one round of decisions."""
@@ -178,6 +165,10 @@ class Rebalancer:
                 metrics.TRANSFERS.labels(transfer.kind, "worker_lost").inc()
                 if transfer.target is not None:
                     transfer.target.instance.expect_no_more(transfer.placed.request.spec.request_id)
+
+    def _timed_round(self, now_s: float) -> None:
+        with metrics.ROUND_SECONDS.time():
+            self.round(now_s)
 
     def _queue(self, link: WorkerLink, now_s: float) -> _Queue:
         view = self._dispatcher.placer.view(link, now_s)
@@ -362,3 +353,7 @@ class Rebalancer:
                 found = self._dispatcher.where(request)
                 if not request.ended and found is not None and found[1] is placed:
                     self._dispatcher.abandon(request, "its worker did not answer a withdrawal")
+
+
+def _pause_s(took_s: float) -> float:
+    return max(_SHORTEST_PAUSE_S, took_s / _ROUND_SHARE)
