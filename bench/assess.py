@@ -6,7 +6,6 @@ service itself took. The queues: everybody makes it, a tenth does not, and most 
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import time
@@ -17,8 +16,9 @@ from typing import Any
 import uvloop
 
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
-from bench.options import provenance
+from bench.markdown import markdown_table
 from bench.processes import Processes
+from bench.result_files import provenance, write_result
 from services.common.channels import open_channel
 from services.predictor.assess import answer
 from services.predictor.models import ModelStore
@@ -115,13 +115,11 @@ def at(values: list[float], share: float) -> float:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Render the results."""
-    lines = ["| queue | service p50 ms | p99 ms | with the wire p50 ms | p99 ms |", "|---|---|---|---|---|"]
-    for result in results:
-        cells = " | ".join(
-            f"{result[f'{place}_{level}_ms']:.2f}" for place in ("service", "wire") for level, _ in LEVELS
-        )
-        lines.append(f"| {result['queue']} | {cells} |")
-    return "\n".join(lines)
+    columns = [f"{place}_{level}_ms" for place in ("service", "wire") for level, _ in LEVELS]
+    return markdown_table(
+        ["queue", "service p50 ms", "p99 ms", "with the wire p50 ms", "p99 ms"],
+        ([result["queue"], *(f"{result[name]:.2f}" for name in columns)] for result in results),
+    )
 
 
 def main() -> None:
@@ -137,8 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = uvloop.run(run(arguments))
     print(table(results))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({**provenance(arguments), "results": results}, indent=1) + "\n")
+    write_result(arguments.out, {**provenance(arguments), "results": results})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m bench.capacity --trace conv.csv.gz --slo 1000/100 --instances 8 --poli
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.metrics import RequestRecord, attains, summarize
-from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
+from bench.options import WARMUP_SHARE, Setting, add_setting_options, setting_from, systems_from
+from bench.result_files import provenance, write_result
 from bench.simulator.systems import simulate, system_named
 
 FIRST_GROWTH = 1.3
@@ -227,9 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if overload:
         print(f"\nat {args.overload:g}x the 99% capacity of {args.knee}:")
         print(_overload_table(overload, policies))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**provenance(args), "results": results, "overload": overload}, indent=1) + "\n")
+    write_result(args.out, {**provenance(args), "results": results, "overload": overload})
 
 
 def _overload(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.parity.servers import MODEL_NAME, ascendra_server, vllm_environment
+from bench.result_files import write_result
 
 TTFT_MS, TPOT_MS = 2000, 200
 TOOL_TIMEOUT_S = 400.0
@@ -84,14 +85,14 @@ async def run(arguments: argparse.Namespace, out: Path) -> list[str]:
             status, output = await run_tool(vllm_bench(arguments, url, folder), environment)
             figures = _vllm_figures(folder / "vllm-bench.json")
             _write(out / "vllm-bench-serve.txt", output, (url, folder, arguments))
-            _write_json(out / "vllm-bench-serve.json", figures)
+            write_result(out / "vllm-bench-serve.json", figures)
             if status or figures.get("failed") or figures.get("completed") != arguments.requests:
                 wrong.append(f"vllm bench serve: status {status}, {figures}")
             if arguments.aiperf is not None:
                 status, output = await run_tool(aiperf(arguments, url, folder), {})
                 figures = _aiperf_figures(folder)
                 _write(out / "aiperf.txt", output, (url, folder, arguments))
-                _write_json(out / "aiperf.json", figures)
+                write_result(out / "aiperf.json", figures)
                 if status or figures.get("request_count", {}).get("avg") != arguments.requests:
                     wrong.append(f"aiperf: status {status}, {figures.get('request_count')}")
     return wrong
@@ -125,10 +126,6 @@ def _write(file: Path, text: str, places: tuple[str, Path, argparse.Namespace]) 
         text = text.replace(place, name)
     lines = [line.rstrip() for line in text.splitlines() if not _LOG.search(line)]
     file.write_text("\n".join(lines).strip() + "\n")
-
-
-def _write_json(file: Path, figures: dict[str, Any]) -> None:
-    file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.live.__main__ import fitting, unloaded_ttft_s
+from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
-from bench.options import commit_id, load_profile
+from bench.options import load_profile
+from bench.result_files import commit_id, write_result
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import StepTimeTruth
@@ -73,21 +75,20 @@ def compared(live: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, flo
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Lay the pairs out, with what is outside the aims marked."""
-    lines = [
-        "| system | req/s | joint live | simulated | TTFT p50 s live | simulated | TTFT p90 s live | simulated |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["system", "req/s", "joint live", "simulated"]
+    heads += ["TTFT p50 s live", "simulated", "TTFT p90 s live", "simulated"]
+    rows = []
     for cell in cells:
         live, model = cell["live"], cell["simulated"]
         off = compared(live, model)
         marks = {name: "" if abs(value) <= TTFT_AIM else " (!)" for name, value in off.items()}
         marks["joint_points"] = "" if abs(off["joint_points"]) <= POINTS_AIM else " (!)"
-        lines.append(
-            f"| {cell['system']} | {cell['rate_rps']:g} | {live['joint']:.1%} | {model['joint']:.1%}"
-            f"{marks['joint_points']} | {live['ttft_p50_s']:.3f} | {model['ttft_p50_s']:.3f}{marks['ttft_p50_s']} | "
-            f"{live['ttft_p90_s']:.3f} | {model['ttft_p90_s']:.3f}{marks['ttft_p90_s']} |"
-        )
-    return "\n".join(lines)
+        row = [cell["system"], f"{cell['rate_rps']:g}", f"{live['joint']:.1%}"]
+        row.append(f"{model['joint']:.1%}{marks['joint_points']}")
+        for name in ("ttft_p50_s", "ttft_p90_s"):
+            row += [f"{live[name]:.3f}", f"{model[name]:.3f}{marks[name]}"]
+        rows.append(row)
+    return markdown_table(heads, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
         )
     print(table(cells))
-    if args.out:
-        settings_line = {"live": args.live.name, "commit": commit_id(), "live_commit": document["commit"]}
-        args.out.write_text(json.dumps({**settings_line, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+    settings_line = {"live": args.live.name, "commit": commit_id(), "live_commit": document["commit"]}
+    write_result(args.out, {**settings_line, "cells": cells})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import statistics
 import sys
@@ -29,8 +28,9 @@ from typing import Any
 import psutil
 
 from ascendra import AsyncClient, SamplingParams
-from bench.options import provenance
 from bench.processes import Processes
+from bench.random_model import random_model
+from bench.result_files import provenance, write_result
 from services.common.logging import configure_logging
 from services.policy.kv_move import MoveChoice, MoveMethod
 from services.router.app import Router
@@ -66,25 +66,8 @@ class Model:
     parameters: int
 
 
-def random_model(base: Path, directory: Path) -> Model:
-    """Write a random Llama of about 50M parameters with the tokenizer of `base`; each head has its own KV head."""
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    shutil.copytree(base, directory)
-    (directory / "model.safetensors").unlink()
-    config = AutoConfig.from_pretrained(base)
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 640, 1720, 9
-    config.num_attention_heads = config.num_key_value_heads = 10
-    config.head_dim = 64
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(str(directory))
-    return Model("random-50m", directory, model.num_parameters())
-
-
-def given_model(directory: Path) -> Model:
-    """Return a model that exists; its tensors say how large it is."""
+def model_in(directory: Path) -> Model:
+    """Return the model in a directory; its tensors say how large it is."""
     from safetensors import safe_open
 
     with safe_open(str(directory / "model.safetensors"), "pt") as tensors:
@@ -248,9 +231,9 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 def models(arguments: argparse.Namespace, folder: Path) -> Iterator[Model]:
     """Yield what is measured: the given model, and a random one of 50M parameters."""
     if arguments.only != "random":
-        yield given_model(arguments.model)
+        yield model_in(arguments.model)
     if arguments.only != "given":
-        yield random_model(arguments.model, folder / "random-50m")
+        yield model_in(random_model("m50", arguments.model, folder / "random-50m"))
 
 
 def main() -> int:
@@ -281,10 +264,8 @@ def main() -> int:
                 }
             )
             print(json.dumps({"model": model.name, "parameters": model.parameters, **summary}))
-            if arguments.out:
-                load = {"cpus": os.cpu_count(), "load_average": os.getloadavg()}
-                document = {**provenance(arguments), **load, "results": results}
-                arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+            load = {"cpus": os.cpu_count(), "load_average": os.getloadavg()}
+            write_result(arguments.out, {**provenance(arguments), **load, "results": results})
     return 0
 
 

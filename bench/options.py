@@ -2,13 +2,10 @@
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import EngineConfig
@@ -151,19 +148,3 @@ class UnloadedTtft:
             chunk = min(UNLOADED_CHUNK_TOKENS, prompt_tokens - start)
             total_s += self.model.step_s(StepShape(chunk, 0, 0, chunk * start))
         return total_s
-
-
-def commit_id() -> str:
-    """Return the commit that is checked out; empty outside a repository."""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-
-
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a result file needs to be repeated."""
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    # Names, not places: a result file says nothing of the machine's folders.
-    if "trace" in options:
-        options["trace"] = Path(args.trace).name
-    for place in ("out", "plot", "reference"):
-        options.pop(place, None)
-    return {"options": options, "commit": commit_id(), "python": platform.python_version()}

@@ -4,7 +4,6 @@ python -m bench.plan --trace conv.csv.gz --slo 1000/100 --rate 100 --target 0.99
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 
 from bench.capacity import first_guess_rps
 from bench.metrics import attains
-from bench.options import WARMUP_SHARE, Setting, add_setting_options, provenance, setting_from, systems_from
+from bench.options import WARMUP_SHARE, Setting, add_setting_options, setting_from, systems_from
+from bench.result_files import provenance, write_result
 from bench.simulator.systems import System, simulate, system_named
 
 
@@ -112,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{plan.instances} GPUs ({split}): joint attainment {plan.joint:.4f} at {args.rate:g} requests/s")
     for hp, joint in tried.items():
         print(f"  {hp} HP of {plan.instances}: {joint:.4f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**provenance(args), "plan": asdict(plan), "splits": tried}, indent=1) + "\n")
+    write_result(args.out, {**provenance(args), "plan": asdict(plan), "splits": tried})
 
 
 if __name__ == "__main__":

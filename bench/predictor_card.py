@@ -6,7 +6,6 @@ each is held out; the card is the predictor's own (`PredictorService.GetCard`), 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,8 +19,9 @@ from bench.live.__main__ import fitting, unloaded_ttft_s
 from bench.live.load import run_load
 from bench.live.systems import SYSTEMS, Workers, running_system
 from bench.live.targets import ascendra_target, prompt_of
+from bench.markdown import markdown_table
 from bench.metrics import summarize
-from bench.options import provenance
+from bench.result_files import provenance, write_result
 from bench.workloads import load_trace, make_workload, slo_set
 from services.common.channels import open_channel
 
@@ -86,15 +86,14 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(card: Sequence[Mapping[str, Any]]) -> str:
     """Render the lines of all workers together."""
-    lines = [
-        "| slice | predictions | p50 error | p90 error | mean error | bias | within the stated 90% bound |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in card:
-        if not entry["worker_id"]:
-            cells = " | ".join(f"{entry[name]:.1%}" for name in FIGURES)
-            lines.append(f"| {entry['slice']} | {entry['samples']} | {cells} |")
-    return "\n".join(lines)
+    return markdown_table(
+        ["slice", "predictions", "p50 error", "p90 error", "mean error", "bias", "within the stated 90% bound"],
+        (
+            [entry["slice"], str(entry["samples"]), *(f"{entry[name]:.1%}" for name in FIGURES)]
+            for entry in card
+            if not entry["worker_id"]
+        ),
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -124,8 +123,7 @@ def main() -> None:
     result = uvloop.run(run(arguments))
     print(table(result["card"]))
     print(f"\nnot judged, by reason: {result['left_out'] or 'none'}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({**provenance(arguments), **result}, indent=1) + "\n")
+    write_result(arguments.out, {**provenance(arguments), **result})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.metrics import Outcome, RequestRecord, meets_tbt, meets_ttft
-from bench.options import add_cluster_options, cluster_from, provenance, systems_from
+from bench.options import add_cluster_options, cluster_from, systems_from
+from bench.result_files import provenance, write_result
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.systems import System, simulate, system_named
 from bench.workloads import WorkloadRequest
@@ -270,10 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     titles = ["recorded", f"{same_name}, simulated", f"{other_name}, simulated"]
     _print_table(titles, list(counts.values()), changed, args.show)
     print(f"{agreement:.1%} of {len(compared)} requests end as recorded when {same_name} is simulated")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {**provenance(args), "counts": counts, "agreement": agreement, "changes": list(map(asdict, changed))}
-        args.out.write_text(json.dumps(result, indent=1, default=lambda path: path.name) + "\n")
+    result = {**provenance(args), "counts": counts, "agreement": agreement, "changes": list(map(asdict, changed))}
+    write_result(args.out, result)
 
 
 def _with_hp(system: System, hp: int) -> System:

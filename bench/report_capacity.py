@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import markdown_table
+
 TARGETS = ("0.99", "0.9")
 OURS = ("ascendra", "ascendra-pool", "ascendra-pull")
 KNEE = "unified"
@@ -95,7 +97,7 @@ def overview(documents: dict[str, dict[str, Any]]) -> str:
     families = ("vLLM round robin", "vLLM least work", "paper", "unified")
     heads = ["workload", "system", "seeds", *(f"{float(t):.0%} of bound" for t in TARGETS)]
     heads += [f"{float(t):.0%} / {family}" for family in families for t in TARGETS]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for document in documents.values():
         for policy in [name for name in systems(document) if name in OURS]:
             cells = [title(document), policy, str(len(capacities(document, policy, TARGETS[0])))]
@@ -106,8 +108,8 @@ def overview(documents: dict[str, dict[str, Any]]) -> str:
                 for family in families
                 for target in TARGETS
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table(heads, rows)
 
 
 GOALS = (
@@ -125,7 +127,7 @@ GOALS = (
 
 def goals(documents: dict[str, dict[str, Any]]) -> str:
     """Render what was aimed at, and the lowest ratio of each of our variants over the workloads it is meant for."""
-    lines = [f"| ratio of capacities to | at | aim | {' | '.join(OURS)} |", "|---" * (3 + len(OURS)) + "|"]
+    rows = []
     for family, beginning, aims in GOALS:
         for target, aim in zip(TARGETS, aims, strict=True):
             cells = [f"{family}, {beginning or 'every workload'}", f"{float(target):.0%}", f"{aim:g}"]
@@ -143,8 +145,8 @@ def goals(documents: dict[str, dict[str, Any]]) -> str:
                 lowest = min(found, key=found.__getitem__, default="")
                 met = "met" if lowest and round(found[lowest], 3) >= aim else "**missed**"
                 cells.append(f"{found[lowest]:.2f} {met} ({lowest})" if lowest else "-")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table(["ratio of capacities to", "at", "aim", *OURS], rows)
 
 
 def workload_section(document: dict[str, Any]) -> str:
@@ -157,13 +159,11 @@ def workload_section(document: dict[str, Any]) -> str:
         f"{family} {' / '.join(dict.fromkeys(named[t][family] or '-' for t in TARGETS))}"
         for family in ("vLLM round robin", "vLLM least work", "paper")
     )
-    lines = [
+    made = (
         f"`python -m bench.study` at {', '.join(f'`{commit}`' for commit in commits)}. "
-        f"Bound: {bounds['0.99']:.1f} requests/s at 99%, {bounds['0.9']:.1f} at 90%. Best budgets: {chosen}.",
-        "",
-        "| system | seeds | @99% req/s (min-max) | of bound | @90% req/s (min-max) | of bound |",
-        "|---|---|---|---|---|---|",
-    ]
+        f"Bound: {bounds['0.99']:.1f} requests/s at 99%, {bounds['0.9']:.1f} at 90%. Best budgets: {chosen}."
+    )
+    rows = []
     for policy in systems(document):
         cells = [policy, str(len(capacities(document, policy, TARGETS[0])))]
         for target in TARGETS:
@@ -172,33 +172,31 @@ def workload_section(document: dict[str, Any]) -> str:
                 f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f})",
                 of_bound(document, policy, target),
             ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    heads = ["system", "seeds", "@99% req/s (min-max)", "of bound", "@90% req/s (min-max)", "of bound"]
+    parts = [made, markdown_table(heads, rows)]
     if document["overload"]:
-        lines += ["", *overload_lines(document)]
-    return "\n".join(lines)
+        parts += [f"At 1.2 times the 99% capacity of `{KNEE}`, mean over seeds:", overload_table(document)]
+    return "\n\n".join(parts)
 
 
-def overload_lines(document: dict[str, Any]) -> list[str]:
+def overload_table(document: dict[str, Any]) -> str:
     """Render what each system keeps beyond the knee, and what any could."""
-    lines = [
-        f"At 1.2 times the 99% capacity of `{KNEE}`, mean over seeds:",
-        "",
-        "| system | joint | joint by mean gap | longest tenth of the prompts | worst wait s |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for policy in systems(document):
         reports = [entry["report"] for entry in document["overload"] if entry["policy"] == policy]
         if reports:
             joint, mean_gap = (statistics.fmean(report[name] for report in reports) for name in ("joint", "mean_gap"))
             longest = statistics.fmean(report["joint_by_prompt_decile"][-1] for report in reports)
             worst_s = max(report["longest_wait_s"] for report in reports)
-            lines.append(f"| {policy} | {joint:.1%} | {mean_gap:.1%} | {longest:.1%} | {worst_s:.0f} |")
+            rows.append([policy, f"{joint:.1%}", f"{mean_gap:.1%}", f"{longest:.1%}", f"{worst_s:.0f}"])
     for name, words in (("free", "most that fits"), ("longest kept", "most that fits with 80% of the longest tenth")):
         found = [kept[name] for kept in document.get("kept_bounds", {}).values()]
         if found:
             total, longest = (statistics.fmean(pair[i] for pair in found) for i in (0, 1))
-            lines.append(f"| *bound: {words}* | {total:.1%} | | {longest:.1%} | |")
-    return lines
+            rows.append([f"*bound: {words}*", f"{total:.1%}", "", f"{longest:.1%}", ""])
+    heads = ["system", "joint", "joint by mean gap", "longest tenth of the prompts", "worst wait s"]
+    return markdown_table(heads, rows)
 
 
 def sensitivity_section(document: dict[str, Any], topic: str, cases: Sequence[tuple[str, bool, Sequence[str]]]) -> str:
@@ -213,10 +211,8 @@ def sensitivity_section(document: dict[str, Any], topic: str, cases: Sequence[tu
         found = (r for r in results if r["case"] == case and r["policy"] == policy)
         return {r["seed"]: r["capacity_rps"][target] for r in found}
 
-    lines = [
-        f"| {topic} | system | @99% req/s | against unchanged | @90% req/s | against unchanged |",
-        "|---" * 6 + "|",
-    ]
+    heads = [topic, "system", "@99% req/s", "against unchanged", "@90% req/s", "against unchanged"]
+    rows = []
     for name, changed, policies in cases:
         case = f"{topic}: {name}" if changed else ""
         for policy in policies:
@@ -231,9 +227,9 @@ def sensitivity_section(document: dict[str, Any], topic: str, cases: Sequence[tu
                     f"{statistics.fmean(rates.values()):.1f}",
                     f"{statistics.median(relative):.2f}" if relative and changed else "",
                 ]
-            if len(cells) == 6:
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            if len(cells) == len(heads):
+                rows.append(cells)
+    return markdown_table(heads, rows)
 
 
 def draw(documents: dict[str, dict[str, Any]], folder: Path) -> None:

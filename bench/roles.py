@@ -4,7 +4,6 @@ python -m bench.roles --trace conv.csv.gz --rates 40,50 --out bench/results/role
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import markdown_table
 from bench.metrics import summarize
-from bench.options import WARMUP_SHARE, add_setting_options, provenance, setting_from
+from bench.options import WARMUP_SHARE, add_setting_options, setting_from
+from bench.result_files import provenance, write_result
 from bench.simulator.systems import SYSTEMS, System, simulate
 from services.policy.order import OrderPolicy
 from services.policy.relegation import MOORE_HODGSON, NONE
@@ -35,10 +36,8 @@ def system(split: str, relegation: str) -> System:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Lay out mean joint attainment over seeds, and where the HPs that follow the pressure went."""
     rates = sorted({result["rate_rps"] for result in results})
-    lines = [
-        "| relegation | HPs | " + " | ".join(f"{rate:g}/s" for rate in rates) + " | HPs at the end |",
-        "|---" * (len(rates) + 3) + "|",
-    ]
+    heads = ["relegation", "HPs", *(f"{rate:g}/s" for rate in rates), "HPs at the end"]
+    rows = []
     for relegation in RELEGATIONS:
         for split in SPLITS:
             cells, ends = [], []
@@ -46,8 +45,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 runs = [r for r in results if (r["relegation"], r["split"], r["rate_rps"]) == (relegation, split, rate)]
                 cells.append(f"{statistics.fmean(run['report']['joint'] for run in runs):.1%}")
                 ends.append("/".join(str(run["hp_at_end"]) for run in runs))
-            lines.append(f"| {relegation} | {split} | {' | '.join(cells)} | {', '.join(ends)} |")
-    return "\n".join(lines)
+            rows.append([relegation, split, *cells, ", ".join(ends)])
+    return markdown_table(heads, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     results.append(result | {"hp_at_end": hp, "report": report.as_dict()})
                     print(f"{result} joint {report.joint:.3f} HPs at the end {hp}", file=sys.stderr, flush=True)
     print(table(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**provenance(args), "results": results}, indent=1) + "\n")
+    write_result(args.out, {**provenance(args), "results": results})
 
 
 if __name__ == "__main__":

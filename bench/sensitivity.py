@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bench.bound import capacity_bound_rps
 from bench.capacity import measure
-from bench.options import Setting, add_cluster_options, commit_id
+from bench.options import Setting, add_cluster_options
+from bench.result_files import commit_id
 from bench.study import SEEDS, TARGETS, TOLERANCE, WORKLOADS, Results, workload_setting
 from bench.workloads import TraceRow
 from services.policy.step_time import COEFFICIENTS, StepTimeBin

@@ -4,14 +4,14 @@ python -m bench.simulate --trace conv.csv.gz --policy ascendra --rate 40 --insta
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bench.metrics import Report, RequestRecord, summarize
-from bench.options import WARMUP_SHARE, add_setting_options, provenance, setting_from, systems_from
+from bench.options import WARMUP_SHARE, add_setting_options, setting_from, systems_from
+from bench.result_files import provenance, write_result
 from bench.simulator.systems import SYSTEMS, simulate, system_named
 
 
@@ -84,10 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{'simulated':<34}{len(workload)} requests in {seconds:.1f} s")
     if args.plot:
         plot(records, args.plot)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {**provenance(args), "report": report.as_dict(), "moves": run.moves, "steps": run.steps}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {**provenance(args), "report": report.as_dict(), "moves": run.moves, "steps": run.steps}
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

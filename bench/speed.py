@@ -4,7 +4,6 @@ python -m bench.speed --trace conv.csv.gz --out bench/results/speed.json
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.options import add_setting_options, provenance, setting_from, systems_from
+from bench.markdown import markdown_table
+from bench.options import add_setting_options, setting_from, systems_from
+from bench.result_files import provenance, write_result
 from bench.simulator.systems import simulate, system_named
 
 SYSTEMS = "vllm-512-work,unified,ascendra,ascendra-pool,ascendra-pull"
@@ -20,13 +21,13 @@ SYSTEMS = "vllm-512-work,unified,ascendra,ascendra-pool,ascendra-pull"
 
 def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     """Lay out requests a minute, and the cost of a request relative to the smallest cluster."""
-    lines = ["| system | " + " | ".join(f"{size} instances" for size in sizes) + " | cost a request, last / first |"]
-    lines.append("|---" * (len(sizes) + 2) + "|")
+    heads = ["system", *(f"{size} instances" for size in sizes), "cost a request, last / first"]
+    rows = []
     for name in dict.fromkeys(cell["system"] for cell in cells):
         costs = {cell["instances"]: cell["cpu_s_per_request"] for cell in cells if cell["system"] == name}
-        rates = " | ".join(f"{60 / costs[size]:,.0f}" for size in sizes)
-        lines.append(f"| {name} | {rates} | {costs[sizes[-1]] / costs[sizes[0]]:.2f} |")
-    return "\n".join(lines)
+        rates = (f"{60 / costs[size]:,.0f}" for size in sizes)
+        rows.append([name, *rates, f"{costs[sizes[-1]] / costs[sizes[0]]:.2f}"])
+    return markdown_table(heads, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost_s = statistics.median(seconds) / len(workload)
             cells.append({"system": name, "instances": size, "requests": len(workload), "cpu_s_per_request": cost_s})
     print(table(cells, args.sizes))
-    if args.out:
-        args.out.write_text(json.dumps({**provenance(args), "cells": cells}, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, {**provenance(args), "cells": cells})
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import numpy as np
 import psutil
 import uvloop
 
-from bench.options import provenance
 from bench.overhead.__main__ import Cell, measure
 from bench.overhead.clients import completion_request, http_connection, prompt_of
 from bench.overhead.cluster import Cluster, rss_mib, running_cluster
+from bench.result_files import provenance, write_result
 
 CLIENTS = ("session", "sse")
 MIN_TOKENS, MAX_TOKENS = 15, 45
@@ -167,8 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = uvloop.run(run(arguments))
     print(json.dumps(result["summary"], indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Any
 
 from bench.bound import capacity_bound_rps, most_kept, works_s
 from bench.capacity import measure, report_at
-from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_from, commit_id, load_profile
+from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_from, load_profile
+from bench.result_files import commit_id, write_result
 from bench.workloads import load_trace, slo_set
 
 TARGETS = (0.99, 0.9)
@@ -100,10 +101,8 @@ class Results:
         return cls(path, {"settings": settings, "bounds": {}, "kept_bounds": {}, "results": [], "overload": []})
 
     def save(self) -> None:
-        """Write it, whole or not at all."""
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        """Write it."""
+        write_result(self.path, self.document)
 
     def entry(self, policy: str, seed: int, part: str = "results") -> dict[str, Any] | None:
         """Return one measurement, if there is one."""

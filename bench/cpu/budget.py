@@ -23,9 +23,10 @@ import uvloop
 
 from ascendra import AsyncClient, SamplingParams, Slo
 from ascendra.session import Session
-from bench.cpu.model import CONTEXT_TOKENS, SHAPES, VOCAB_SIZE, random_model
-from bench.options import provenance
+from bench.markdown import markdown_table
 from bench.processes import Processes
+from bench.random_model import CONTEXT_TOKENS, SHAPES, VOCAB_SIZE, random_model
+from bench.result_files import provenance, write_result
 
 SLACK_S = 600.0
 """TTFT objective of everything: only the gaps matter here."""
@@ -169,10 +170,9 @@ def table(turns: Sequence[Turn]) -> str:
     """Render medians, and ratios to the first system within each pair, with their spread."""
     names = list(dict.fromkeys(one.system for one in turns))
     by = {name: [one for one in turns if one.system == name] for name in names}
-    lines = [
-        f"| system | gap p50 ms | gap p99 ms | longest ms | prefill tok/s | p99 / {names[0]} | prefill / {names[0]} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ["system", "gap p50 ms", "gap p99 ms", "longest ms", "prefill tok/s"]
+    heads += [f"p99 / {names[0]}", f"prefill / {names[0]}"]
+    rows = []
     for name in names:
         figures = [
             statistics.median(getattr(one, field) for one in by[name])
@@ -183,8 +183,8 @@ def table(turns: Sequence[Turn]) -> str:
             pairs = zip(by[name], by[names[0]], strict=True)
             values = [getattr(one, field) / getattr(base, field) for one, base in pairs]
             ratios.append(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-        lines.append(f"| {name} | {' | '.join(f'{figure:.0f}' for figure in figures)} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{figure:.0f}" for figure in figures), *ratios])
+    return markdown_table(heads, rows)
 
 
 def main() -> None:
@@ -207,12 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     turns = uvloop.run(run(arguments))
     print(table(turns))
-    if arguments.out:
-        raw = [asdict(one) for one in turns]
-        options = provenance(arguments)
-        for place in ("demo_model", "model_dir"):
-            options["options"].pop(place)
-        arguments.out.write_text(json.dumps({**options, "turns": raw}, indent=1) + "\n")
+    write_result(arguments.out, {**provenance(arguments), "turns": [asdict(one) for one in turns]})
 
 
 if __name__ == "__main__":

