@@ -79,7 +79,7 @@ SYSTEMS: dict[str, System] = {
 DEFAULT_ORDER = "ascendra-edf"
 """The same as "ascendra": edf is the default value function."""
 TABLE = [
-    *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-512", "vllm-least-512", "vllm-work-768", "paper", "unified"),
+    *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-640", "vllm-least-640", "vllm-work-768", "paper", "unified"),
     *("ascendra", "ascendra-2hp"),
     *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
     "ascendra-no-relegation",
