@@ -21,6 +21,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ascendra import AsyncClient
 from bench.live.cpu import CpuWatch
 from bench.live.load import run_load
 from bench.live.results import ResultFile
@@ -95,12 +96,13 @@ async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
                 if file.holds((name, seed, rate_rps)):
                     continue
                 async with AsyncExitStack() as stack:
-                    target = await open_target(name, arguments, seed, stack)
+                    target, router = await open_target(name, arguments, seed, stack)
                     watch = CpuWatch()
                     report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
                     cpu = watch.cores()
+                    policy = await prediction_policy(router)
                 result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
-                file.append(result)
+                file.append(result | {"prediction_policy_at_end": policy})
                 print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%} {cpu}", file=sys.stderr)
 
 
@@ -113,12 +115,19 @@ def target_names(arguments: argparse.Namespace) -> list[str]:
     return [name for given in arguments.systems for name in (TABLE if given == "table" else [given])]
 
 
-async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> Target:
-    """Start (or only connect to) a system."""
+async def prediction_policy(router: str) -> str:
+    """Return who predicts at a router now, as its status has it; empty without a router."""
+    if not router:
+        return ""
+    async with AsyncClient(router) as client:
+        return (await client.status()).prediction_policy
+
+
+async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> tuple[Target, str]:
+    """Start (or only connect to) a system; return it and the address of a router, empty if it has none."""
     if name == "openai":
-        return await stack.enter_async_context(
-            openai_target(arguments.openai, arguments.openai_model, timeout_s=arguments.timeout_s)
-        )
+        openai = openai_target(arguments.openai, arguments.openai_model, timeout_s=arguments.timeout_s)
+        return await stack.enter_async_context(openai), ""
     addresses = arguments.address
     if not addresses:
         workers = Workers(
@@ -132,7 +141,8 @@ async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack
         system = await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))
         addresses = [system.router]
         await asyncio.sleep(1)  # lets routers attach and learn the round trip
-    return await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s))
+    target = await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s))
+    return target, addresses[0]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -4,12 +4,14 @@
 only balances; the `ascendra-*` systems switch one mechanism off or exchange it.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.live.faults import KILLED, NONSENSE, PAUSED, disturb_predictor
 from bench.processes import Processes
 from services.policy.value_functions import VALUE_FUNCTIONS
 
@@ -32,6 +34,8 @@ class System:
     worker: Mapping[str, Any] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
     predictor: bool = True
+    predictor_fault: str = ""
+    """What befalls the predictor in the midst of the run (bench.live.faults)."""
 
 
 def _stock(placement: str, budget_tokens: int) -> System:
@@ -64,6 +68,7 @@ SYSTEMS: dict[str, System] = {
     "ascendra-static-512": System(worker={"token-budget": "static", "static-budget-tokens": 512}),
     "ascendra-no-relegation": System(worker={"relegation": "none"}),
     "ascendra-no-predictor": System(predictor=False),
+    **{f"ascendra-predictor-{fault}": System(predictor_fault=fault) for fault in (KILLED, PAUSED, NONSENSE)},
     "ascendra-elastic": System(router={"elastic-roles": True}),
     **{f"ascendra-{name}": _order(name) for name in sorted(VALUE_FUNCTIONS)},
     "paper": System(
@@ -82,7 +87,8 @@ TABLE = [
     *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-640", "vllm-least-640", "vllm-work-768", "paper", "unified"),
     *("ascendra", "ascendra-2hp"),
     *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
-    "ascendra-no-relegation",
+    *("ascendra-no-relegation", "ascendra-no-predictor"),
+    *(f"ascendra-predictor-{fault}" for fault in (KILLED, PAUSED, NONSENSE)),
     *(f"ascendra-{name}" for name in sorted(VALUE_FUNCTIONS) if f"ascendra-{name}" != DEFAULT_ORDER),
 ]
 """What `--systems table` stands for: baselines, Ascendra's variants, and one mechanism less or exchanged."""
@@ -115,9 +121,9 @@ class RunningSystem:
 async def running_system(system: System, workers: Workers, *, seed: int) -> AsyncIterator[RunningSystem]:
     """Start a system, and stop it at the end."""
     async with Processes() as processes:
-        predictor = ""
+        predictor, predictor_pid = "", 0
         if system.predictor:
-            predictor, _ = await processes.start_service(
+            predictor, predictor_pid = await processes.start_service(
                 "services.predictor", {"listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
             )
         configs = [_worker_config(system, workers, index, predictor, seed) for index in range(workers.count)]
@@ -131,7 +137,14 @@ async def running_system(system: System, workers: Workers, *, seed: int) -> Asyn
             **system.router,
         }
         address, _ = await processes.start_service("services.router", router)
-        yield RunningSystem(address, predictor)
+        async with asyncio.TaskGroup() as tasks:
+            if system.predictor_fault:
+                names = [config["worker-id"] for config in configs]
+                fault = disturb_predictor(system.predictor_fault, predictor_pid, predictor, names)
+                disturbing = tasks.create_task(fault)
+            yield RunningSystem(address, predictor)
+            if system.predictor_fault:
+                disturbing.cancel()
 
 
 def _worker_config(system: System, workers: Workers, index: int, predictor: str, seed: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ascendra import AsyncClient, SamplingParams
+from ascendra.cli.tether import tethered
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -31,7 +32,8 @@ class Up:
         arguments = ["up", "--engine", "emulated", "--lp", "1", "--hp", "1", "--routers", "2", "--port", "0"]
         arguments += ["--gateway", "0"]
         self.process = subprocess.Popen(
-            [*_ascendra(*arguments), "--model", str(model), "--work-dir", str(work_dir)],
+            tethered([*_ascendra(*arguments), "--model", str(model), "--work-dir", str(work_dir)]),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
