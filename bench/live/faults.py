@@ -21,8 +21,8 @@ async def disturb_predictor(fault: str, pid: int, address: str, worker_ids: Sequ
     """Let a fault begin when its time has come.
 
     Args:
-        fault: "killed" (SIGKILL), "paused" (SIGSTOP, until cancelled) or "nonsense" (steps that cannot be, and some a hundred
-            times too long, in the workers' names, until cancelled).
+        fault: "killed" (SIGKILL), "paused" (SIGSTOP, until cancelled) or "nonsense" (steps that cannot be, and some a
+            hundred times too long, in the workers' names, until cancelled).
     """
     await asyncio.sleep(FAULT_AFTER_S)
     match fault:
