@@ -43,6 +43,11 @@ class Router(Protocol):
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
         """A request came in."""
 
+    def on_scheduled(
+        self, index: int, started: Sequence[SimRequest], relegated: Sequence[SimRequest], now_s: float
+    ) -> None:
+        """A worker's notice came in: whom its new step started, whom it gave up."""
+
     def on_report(self, index: int, report: StepReport, now_s: float) -> None:
         """A worker's report came in."""
 
@@ -123,7 +128,6 @@ class Cluster:
 
     def withdraw(self, request: SimRequest) -> None:
         """Ask the request's worker to give it back; `on_withdrawn` has the answer."""
-        request.moving = True
         self.at(self.now_s + self.config.hop_s, self._ask, request, self.instances[request.worker])
 
     def set_role(self, index: int, role: Role) -> None:
@@ -153,11 +157,21 @@ class Cluster:
 
     def _start(self, instance: Instance) -> None:
         end_s = instance.start_step(self.now_s)
-        if end_s is not None:
-            self.at(end_s, self._finish, instance)
+        if end_s is None:
+            return
+        self.at(end_s, self._finish, instance)
+        assert instance.step is not None
+        started, relegated = instance.step.admitted, instance.relegated
+        if started or relegated:
+            heard_s = self.now_s + self.config.hop_s + self.config.staleness_s
+            self.at(heard_s, self._scheduled, instance.index, started, relegated)
+
+    def _scheduled(self, index: int, started: Sequence[SimRequest], relegated: Sequence[SimRequest]) -> None:
+        self.router.on_scheduled(index, started, relegated, self.now_s)
 
     def _finish(self, instance: Instance) -> None:
         report = instance.finish_step(self.now_s)
+        report.age_s = self.config.staleness_s
         if self._misses_left < math.inf:
             self._misses_left -= sum(self._is_miss(request) for request in report.finished)
         self.at(
@@ -190,7 +204,6 @@ class Cluster:
         self.at(self.now_s + self.config.hop_s, self._answered, request, gone)
 
     def _answered(self, request: SimRequest, gone: bool) -> None:
-        request.moving = False
         self.router.on_withdrawn(request, gone, self.now_s)
 
 

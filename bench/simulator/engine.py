@@ -58,6 +58,7 @@ class Engine:
         "running",
         "total_blocks",
         "waiting",
+        "waiting_tokens",
     )
 
     def __init__(self, config: EngineConfig) -> None:
@@ -71,6 +72,8 @@ class Engine:
         self.max_num_seqs = config.max_num_seqs
         """May be lowered and raised between steps, as an elastic cap."""
         self.waiting: deque[SimRequest] = deque()
+        self.waiting_tokens = 0
+        """Prefill tokens of the waiting requests."""
         self.running: list[SimRequest] = []
 
     @property
@@ -92,6 +95,7 @@ class Engine:
         if request.started:
             return False
         self.waiting.remove(request)
+        self.waiting_tokens -= request.remaining_tokens
         return True
 
     def order_waiting(self, requests: Iterable[SimRequest]) -> None:
@@ -184,6 +188,9 @@ class Engine:
         self._release(victim)
         victim.prompt_tokens = victim.total_tokens
         victim.computed_tokens = 0
+        victim.started = True
+        if victim.token_times_s:
+            victim.last_token_s = victim.token_times_s[-1]
         victim.preemptions += 1
         self._enqueue(victim, front=True)
         step.preempted.append(victim)
@@ -215,7 +222,9 @@ class Engine:
             if -(-whole // block_tokens) + watermark > self.free_blocks:
                 break
             waiting.popleft()
-            tokens = min(request.total_tokens - request.computed_tokens, budget)
+            wanted = request.total_tokens - request.computed_tokens
+            self.waiting_tokens -= wanted
+            tokens = min(wanted, budget)
             blocks = -(-(request.computed_tokens + tokens) // block_tokens)
             self.free_blocks -= blocks
             request.kv_tokens = blocks * block_tokens
@@ -232,6 +241,7 @@ class Engine:
         request.kv_tokens = 0
 
     def _enqueue(self, request: SimRequest, *, front: bool) -> None:
+        self.waiting_tokens += request.remaining_tokens
         if self.config.priority:
             insort(self.waiting, request, key=_urgency)
         elif front:

@@ -48,14 +48,17 @@ class StepReport:
     """Requests that left the queue of prefills, by a first token or by their only one."""
     finished: list[SimRequest] = field(default_factory=list)
     """Requests that generated their last token."""
-    requeued: list[SimRequest] = field(default_factory=list)
-    """Evicted decodes: back among those whose prefill is not complete."""
-    relegated: list[SimRequest] = field(default_factory=list)
     decodes: int = 0
     decode_context_tokens: int = 0
     min_tbt_s: float = 0.0
     kv_used_tokens: int = 0
     step_s: float = 0.0
+    busy: bool = False
+    """There is more to do: the next step starts."""
+    queued_tokens: int = 0
+    """Prefill tokens left to compute."""
+    age_s: float = 0.0
+    """How long it lay at the worker before it was sent."""
     model: StepTimeModel | None = None
     """What the worker plans with now."""
 
@@ -106,6 +109,8 @@ class Instance:
         self.busy_s = 0.0
         self.withdrawals: list[SimRequest] = []
         """Asked for while a step runs; answered at its end."""
+        self.relegated: list[SimRequest] = []
+        """Given up at the start of the running step."""
         self._config = config
         self._truth = truth
         self._order = order
@@ -115,7 +120,6 @@ class Instance:
         self._promoted: set[str] = set()
         self._paused: list[SimRequest] = []
         self._resident = Resident()
-        self._report = StepReport()
         self._step_s = 0.0
         self._shape = StepShape()
         self._fit = OnlineStepTimeFit(believed) if learn else None
@@ -125,14 +129,12 @@ class Instance:
         engine = self.engine
         if not engine.running and not engine.waiting:
             return None
-        report = self._report = StepReport()
+        self.relegated = []
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
         if self._paused:
             engine.running += self._paused
             self._paused.clear()
-        if step.preempted:
-            report.requeued += (request for request in step.preempted if request.token_times_s)
         if self._promoted:
             self._charge_promoted(step)
         self._shape = StepShape(
@@ -152,15 +154,21 @@ class Instance:
         if self._fit is not None and step.scheduled:
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
-        report = self._report
-        report.finished, report.first_tokens = self.engine.complete(step, now_s)
+        engine = self.engine
+        finished, first_tokens = engine.complete(step, now_s)
         resident = self._resident = self._survey(now_s)
-        report.decodes, report.decode_context_tokens = resident.load.decodes, resident.load.context_tokens
-        report.min_tbt_s = resident.tightest_s if resident.decodes else 0.0
-        report.kv_used_tokens = self.engine.kv_used_tokens
-        report.step_s = self._step_s
-        report.model = self.model
-        return report
+        return StepReport(
+            first_tokens=first_tokens,
+            finished=finished,
+            decodes=resident.load.decodes,
+            decode_context_tokens=resident.load.context_tokens,
+            min_tbt_s=resident.tightest_s if resident.decodes else 0.0,
+            kv_used_tokens=engine.kv_used_tokens,
+            step_s=self._step_s,
+            busy=bool(engine.running or engine.waiting),
+            queued_tokens=engine.waiting_tokens + sum([request.remaining_tokens for request in resident.partial]),
+            model=self.model,
+        )
 
     def _survey(self, now_s: float) -> Resident:
         """Look through the running requests at a step end; the next step starts then."""
@@ -240,10 +248,10 @@ class Instance:
             self.engine.running = [request for request in self.engine.running if id(request) not in gone]
 
     def _relegate(self, names: set[str]) -> None:
-        for request in self.engine.waiting:
+        for request in (*self._resident.partial, *self.engine.waiting):
             if request.request_id in names:
                 request.relegated = request.was_relegated = True
-                self._report.relegated.append(request)
+                self.relegated.append(request)
 
     def _charge_promoted(self, step: Step) -> None:
         """Spend the relegated share on the chunks of requests that were placed ahead of the others."""

@@ -6,7 +6,7 @@ from typing import cast
 from bench.simulator.cluster import Cluster
 from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
-from bench.simulator.router import WorkerState
+from bench.simulator.view import RoutedRequest, WorkerState
 from services.policy.late_binding import LateBindingPolicy, WaitingSet
 from services.policy.order import OrderPolicy
 from services.policy.tickets import TicketPolicy
@@ -30,8 +30,14 @@ class PullingRouter:
 
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
         """Keep a request, and start it at once where there is room."""
-        self._waiting.add(request)
+        self._waiting.add(RoutedRequest.arrived(request))
         self._draw(self._states, now_s)
+
+    def on_scheduled(
+        self, index: int, started: Sequence[SimRequest], relegated: Sequence[SimRequest], now_s: float
+    ) -> None:
+        """Take note of who started and who was given up."""
+        self._states[index].take_in_scheduled(started, relegated, now_s)
 
     def on_report(self, index: int, report: StepReport, now_s: float) -> None:
         """Take in a report; the instance may have room now."""
@@ -47,6 +53,6 @@ class PullingRouter:
 
     def _draw(self, among: Sequence[WorkerState], now_s: float) -> None:
         for queued in self._waiting.refresh(self._states, now_s):
-            cast("SimRequest", queued).was_relegated = True
+            cast("RoutedRequest", queued).sim.was_relegated = True
         for binding in self._waiting.draw(self._states, now_s, among):
-            self._cluster.send(cast("SimRequest", binding.request), self._by_id[binding.worker_id].index)
+            cast("RoutedRequest", binding.request).submit(self._cluster, self._by_id[binding.worker_id].index, now_s)

@@ -8,10 +8,10 @@ from services.policy.state import QueuedRequest
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SimRequest(QueuedRequest):
-    """A request in flight. The inherited fields are what policies read; the others are the engine's.
+    """A request in flight. The inherited fields are what its engine's policies read; the others are the engine's.
 
     `prompt_tokens` is what has to be in the KV cache before the next token, so a preempted request's grows by what it
-    had generated. `computed_tokens` is exact at every step end of its instance.
+    had generated. `computed_tokens` is exact at every step end of its instance; the router knows a `RoutedRequest`.
     """
 
     output_tokens: int
@@ -32,8 +32,6 @@ class SimRequest(QueuedRequest):
     outcome: Outcome = Outcome.UNFINISHED
     worker: int = -1
     """Index of the instance that owns it."""
-    moving: bool = False
-    """A withdrawal of it is under way."""
     was_relegated: bool = False
 
     @property

@@ -5,83 +5,20 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from bench.simulator.cluster import Cluster
 from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
-from services.policy.offload import OffloadAction, OffloadCandidate, OffloadPolicy, decide_offload
+from bench.simulator.view import RoutedRequest, WorkerState
+from services.policy.offload import OffloadAction, OffloadCandidate, OffloadPolicy, decide_offload, is_at_risk
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.placement import PlacementPolicy, PlacementState, place
-from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace, predict_in_order
+from services.policy.prefill import predict_in_order
 from services.policy.roles import RoleController, RolePolicy, assign_roles
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
 from services.policy.token_budget import BudgetPolicy
-
-
-class WorkerState:
-    """What the router knows of one worker; predictions are kept until something changes."""
-
-    __slots__ = ("_budget", "_pace", "_work_s", "index", "last_report_s", "step_s", "view")
-
-    def __init__(self, index: int, view: InstanceView, budget: BudgetPolicy) -> None:
-        self.index = index
-        self.view = view
-        self.step_s = 0.0
-        self.last_report_s = 0.0
-        self._budget = budget
-        self._pace: PrefillPace | None = None
-        self._work_s: float | None = None
-
-    @property
-    def pace(self) -> PrefillPace:
-        """How fast it prefills beside its present decodes."""
-        if self._pace is None:
-            self._pace = instance_pace(self.view, self._budget)
-        return self._pace
-
-    @property
-    def work_s(self) -> float:
-        """Prefill work queued there, in seconds; not of relegated requests, which wait behind whatever comes."""
-        if self._work_s is None:
-            pace = self.pace
-            self._work_s = sum(pace.remaining_work_s(request) for request in self.view.queue if not request.relegated)
-        return self._work_s
-
-    def ttft_s(self, request: QueuedRequest) -> float:
-        """Seconds to a new request's first token behind everything queued there."""
-        pace = self.pace
-        return self.view.hop_s + pace.finish_s(self.work_s + pace.remaining_work_s(request))
-
-    def add(self, request: QueuedRequest) -> None:
-        """Count a request sent there, in flight included."""
-        self.view.queue.append(request)
-        if self._work_s is not None and not request.relegated:
-            self._work_s += self.pace.remaining_work_s(request)
-
-    def discard(self, request: SimRequest) -> None:
-        """Forget a request that left the queue."""
-        if request in self.view.queue:
-            self.view.queue.remove(request)
-            self._work_s = None
-
-    def take_in(self, report: StepReport, now_s: float) -> None:
-        """Apply a report."""
-        view = self.view
-        view.decodes = report.decodes
-        view.decode_context_tokens = report.decode_context_tokens
-        view.min_tbt_s = report.min_tbt_s
-        view.kv_used_tokens = report.kv_used_tokens
-        view.model = report.model or view.model
-        self.step_s = report.step_s
-        self.last_report_s = now_s
-        for request in report.first_tokens:
-            if request in view.queue:
-                view.queue.remove(request)
-        view.queue += [request for request in report.requeued if request not in view.queue]
-        self._pace = self._work_s = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +55,6 @@ class RouterPolicy:
     offload: OffloadPolicy | None = None
     rescue: bool = False
     """Offload to LP and unified instances as well."""
-    relegate_unsafe: bool = True
-    """Relegate what the offload rule says that no instance can save."""
     tickets: TicketPolicy | None = None
     rebalance: RebalancePolicy | None = None
     deadline_priority: bool = False
@@ -155,8 +90,8 @@ class PlacingRouter:
         self._rng = random.Random(seed + 1)
         self._ledger = TicketLedger(policy.tickets) if policy.tickets else None
         self._tightest_tbt_s = math.inf
-        self._targets: dict[str, WorkerState] = {}
-        self._judged_s: dict[str, float] = {}
+        self._transfers: dict[str, tuple[RoutedRequest, WorkerState]] = {}
+        """By id: a request as it will be where it moves to, and that worker."""
         self._rebalanced_s = 0.0
         self.moves = 0
         self.refused_moves = 0
@@ -167,14 +102,20 @@ class PlacingRouter:
         self._tightest_tbt_s = min(self._tightest_tbt_s, request.slo.tbt_s)
         if self._policy.deadline_priority:
             request.priority = round(request.deadline_s * 1e3)
-        state = self._choose(request)
-        state.add(request)
-        self._judged_s[request.request_id] = now_s
-        self._cluster.send(request, state.index)
+        routed = RoutedRequest.arrived(request)
+        state = self._choose(routed, now_s)
+        state.add(routed)
+        routed.submit(self._cluster, state.index, now_s)
         if self._policy.offload:
             self._judge(state, now_s)
         if self._ledger:
             self._draw(now_s)
+
+    def on_scheduled(
+        self, index: int, started: Sequence[SimRequest], relegated: Sequence[SimRequest], now_s: float
+    ) -> None:
+        """Take note of who started and who was given up."""
+        self._states[index].take_in_scheduled(started, relegated, now_s)
 
     def on_report(self, index: int, report: StepReport, now_s: float) -> None:
         """Take in a report and see who should move."""
@@ -191,34 +132,37 @@ class PlacingRouter:
 
     def on_withdrawn(self, request: SimRequest, gone: bool, now_s: float) -> None:
         """Send a withdrawn request on; leave one that had started where it is."""
-        target = self._targets.pop(request.request_id)
+        there, target = self._transfers.pop(request.request_id)
+        target.expect_no_more(there)
         source = self._states[request.worker]
-        self._judged_s[request.request_id] = now_s
-        if gone:
+        here = source.find(request)
+        if gone and here is not None:
             self.moves += 1
-            self._cluster.send(request, target.index)
+            source.discard(here)
+            there.relegated = here.relegated
+            target.add(there)
+            there.submit(self._cluster, target.index, now_s)
             return
         self.refused_moves += 1
-        request.urgent = request.ticketed = False
-        request.hops -= 1
-        target.discard(request)
-        if not request.token_times_s:
-            source.add(request)
+        if here is not None:
+            here.moving, here.decided_s = False, now_s
 
-    def _choose(self, request: SimRequest) -> WorkerState:
+    def _choose(self, request: RoutedRequest, now_s: float) -> WorkerState:
         if self._policy.headroom:
-            return self._by_headroom(request, self._policy.headroom)
-        key = str(request.prefix_hashes[0]) if request.prefix_hashes else ""
+            return self._by_headroom(request, self._policy.headroom, now_s)
+        prefix = request.sim.prefix_hashes
+        key = str(prefix[0]) if prefix else ""
+
+        def ttft_s(view: InstanceView, request: QueuedRequest, _budget: BudgetPolicy) -> float:
+            return self._by_id[view.worker_id].ttft_s(request, now_s)
+
         placement = place(
-            request, self._views, self._policy.placement, self._placement, self._policy.budget, key, self._ttft_s
+            request, self._views, self._policy.placement, self._placement, self._policy.budget, key, ttft_s
         )
         assert placement.worker_id is not None
         return self._by_id[placement.worker_id]
 
-    def _ttft_s(self, view: InstanceView, request: QueuedRequest, budget: BudgetPolicy) -> float:
-        return self._by_id[view.worker_id].ttft_s(request)
-
-    def _by_headroom(self, request: SimRequest, policy: HeadroomPolicy) -> WorkerState:
+    def _by_headroom(self, request: QueuedRequest, policy: HeadroomPolicy, now_s: float) -> WorkerState:
         if self._rng.random() < policy.explore:
             return self._rng.choice(self._states)
         positive: list[tuple[float, WorkerState]] = []
@@ -227,7 +171,7 @@ class PlacingRouter:
             view = state.view
             context = view.decode_context_tokens + request.prompt_tokens
             step_s = view.model.step_s(StepShape(0, view.decodes + len(view.queue) + 1, context))
-            ttft_room = (request.slo.ttft_s - state.ttft_s(request)) / request.slo.ttft_s
+            ttft_room = (request.slo.ttft_s - state.ttft_s(request, now_s)) / request.slo.ttft_s
             tbt_room = (request.slo.tbt_s - step_s) / request.slo.tbt_s
             room = policy.ttft_weight * ttft_room + (1 - policy.ttft_weight) * tbt_room
             (positive if ttft_room >= 0 and tbt_room >= 0 else rest).append((room, state))
@@ -235,53 +179,53 @@ class PlacingRouter:
             return min(positive, key=_room)[1]
         return max(positive or rest, key=_room)[1]
 
-    def _move(self, request: SimRequest, target: WorkerState) -> None:
-        source = self._states[request.worker]
-        source.discard(request)
-        request.hops += 1
-        target.add(request)
-        self._targets[request.request_id] = target
-        self._cluster.withdraw(request)
+    def _move(self, request: RoutedRequest, there: RoutedRequest, target: WorkerState) -> None:
+        request.moving = True
+        self._transfers[request.request_id] = (there, target)
+        target.expect(there)
+        self._cluster.withdraw(request.sim)
 
-    def _ordered(self, state: WorkerState, now_s: float) -> list[SimRequest]:
+    def _ordered(self, state: WorkerState, now_s: float) -> list[QueuedRequest]:
         view = state.view
-        result = order_waiting(view.queue, now_s, state.pace, self._policy.order, view.role)
-        return cast("list[SimRequest]", result.ordered)
+        return order_waiting(view.queue, now_s, state.pace, self._policy.order, view.role).ordered
 
     def _judge(self, state: WorkerState, now_s: float) -> None:
         """Offload what would miss here and makes it elsewhere."""
         policy = self._policy.offload
         assert policy is not None
         ordered = self._ordered(state, now_s)
-        step_s = state.pace.step_s
-        hop_s = state.view.hop_s
-        for request, estimate in zip(ordered, predict_in_order(ordered, state.pace), strict=True):
-            # The rule's own first test, spared the cost of the candidates: most requests are not at risk.
-            margin_s = max(policy.margin_steps * step_s + hop_s, policy.margin_share * request.slo.ttft_s)
-            if now_s + policy.caution * estimate.mean_s <= request.deadline_s - margin_s or request.started:
+        pace = state.pace
+        step_s, hop_s = pace.step_s, state.view.hop_s
+        estimates = predict_in_order(ordered, pace, running=state.running(now_s))
+        for request, estimate in zip(ordered, estimates, strict=True):
+            if not is_at_risk(request, estimate, now_s, step_s, hop_s, policy) or request.started:
                 continue
-            if request.moving or request.hops >= policy.hop_limit:
+            # Others than those sent here are on their way here.
+            if not isinstance(request, RoutedRequest) or request.moving or request.submitted_s == math.inf:
                 continue
-            candidates = [OffloadCandidate(high.view.worker_id, _urgent_estimate(high, request)) for high in self._high]
-            if self._policy.rescue and len(self._low) > 1:
-                peer = min((peer for peer in self._low if peer is not state), key=_work)
-                candidates.append(OffloadCandidate(peer.view.worker_id, _peer_estimate(peer, request)))
+            if request.hops >= policy.hop_limit or now_s - request.decided_s < policy.settle_s:
+                continue  # the rule's own tests, spared the cost of the candidates
             decision = decide_offload(
-                request, estimate, candidates, now_s, step_s, policy, self._judged_s.get(request.request_id, -math.inf)
+                request, estimate, self._candidates(state, request, now_s), now_s, step_s, policy, request.decided_s
             )
             if decision.action is OffloadAction.OFFLOAD and decision.target is not None:
                 target = self._by_id[decision.target]
-                request.urgent = target.view.role is Role.HIGH
-                if self._ledger and request.urgent:
-                    self._ledger.revoke(decision.target)
-                if request.urgent:
+                there = request.elsewhere(urgent=target.view.role is Role.HIGH)
+                there.hops += 1
+                if there.urgent:
                     self._offloads += 1
                     self._urgent_work_s += target.pace.work_s(request.prompt_tokens)
-                self._move(request, target)
+                self._move(request, there, target)
             elif decision.action is OffloadAction.RELEGATE:
+                request.decided_s = now_s
                 self._unsaved += 1
-                if self._policy.relegate_unsafe:
-                    request.relegated = request.was_relegated = True
+
+    def _candidates(self, home: WorkerState, request: QueuedRequest, now_s: float) -> list[OffloadCandidate]:
+        """Return the workers that a request may move to: HP by offload, by rescue the least loaded other."""
+        takers = list(self._high)
+        if self._policy.rescue and len(self._low) > 1:
+            takers.append(min((peer for peer in self._low if peer is not home), key=_work))
+        return [OffloadCandidate(taker.view.worker_id, taker.ahead(now_s).estimate(request)) for taker in takers]
 
     def _split(self) -> None:
         self._high = [state for state in self._states if state.view.role is Role.HIGH]
@@ -320,62 +264,49 @@ class PlacingRouter:
         while backlogs_s and (granted := ledger.grant(backlogs_s, 0.1, now_s)):
             for ticket in granted:
                 holder = self._by_id[ticket.holder]
-                ordered = [request for request in self._ordered(holder, now_s) if not request.moving]
-                chosen = choose_for_ticket(ordered, holder.pace.budget_tokens)
+                open_ = [one for one in self._ordered(holder, now_s) if one.started or _may_leave(one)]
+                chosen = choose_for_ticket(open_, holder.pace.budget_tokens)
                 if chosen is None:
                     ledger.release(ticket.ticket_id)
                     backlogs_s.pop(ticket.holder, None)
-                elif isinstance(chosen, SimRequest) and ledger.redeem(ticket.ticket_id, now_s):
-                    chosen.ticketed = True
+                elif isinstance(chosen, RoutedRequest) and ledger.redeem(ticket.ticket_id, now_s):
                     self.ticket_moves += 1
-                    self._move(chosen, self._by_id[ticket.issuer])
+                    self._move(chosen, chosen.elsewhere(ticketed=True), self._by_id[ticket.issuer])
 
     def _rebalance(self, policy: RebalancePolicy, now_s: float) -> None:
         if now_s - self._rebalanced_s < policy.interval_s:
             return
         self._rebalanced_s = now_s
-        busiest = max(self._states, key=_work)
-        idlest = min(self._states, key=_work)
-        gap_s = busiest.work_s - idlest.work_s
-        for request in reversed(busiest.view.queue):
+        works_s = [(_staying_s(state), state) for state in self._states]
+        (most_s, busiest), (least_s, idlest) = max(works_s, key=_room), min(works_s, key=_room)
+        gap_s = most_s - least_s
+        for request in reversed(busiest.sent):
             work_s = busiest.pace.remaining_work_s(request)
             if gap_s <= policy.gap_s or request.started:
                 break
-            if isinstance(request, SimRequest) and not request.moving and work_s < gap_s / 2:
+            if not request.moving and work_s < gap_s / 2:
                 gap_s -= 2 * work_s
-                self._move(request, idlest)
-
-
-def _urgent_estimate(state: WorkerState, request: QueuedRequest) -> TtftEstimate:
-    """Predict a request on an HP instance that serves urgent requests first."""
-    pace = state.pace
-    ahead = [queued for queued in state.view.queue if queued.started or queued.urgent]
-    ahead_s = sum(pace.remaining_work_s(queued) for queued in ahead)
-    wait_s = pace.finish_s(ahead_s) if ahead_s > 0 else 0.0
-    done_s = pace.finish_s(ahead_s + pace.remaining_work_s(request))
-    # Withdrawal waits for the rest of a step at home; the new engine's step in progress comes first as well.
-    hop_s = 3 * state.view.hop_s + 0.5 * state.step_s
-    return TtftEstimate(hop_s + done_s, min(wait_s, done_s), done_s - min(wait_s, done_s), hop_s)
-
-
-def _peer_estimate(state: WorkerState, request: QueuedRequest) -> TtftEstimate:
-    """Predict a request behind everything that can make it on another LP or unified instance."""
-    hop_s = 3 * state.view.hop_s + 0.5 * state.step_s
-    done_s = state.pace.finish_s(state.work_s + state.pace.remaining_work_s(request))
-    wait_s = min(state.pace.finish_s(state.work_s), done_s) if state.work_s > 0 else 0.0
-    return TtftEstimate(hop_s + done_s, wait_s, done_s - wait_s, hop_s)
+                self._move(request, request.elsewhere(), idlest)
 
 
 def _room(entry: tuple[float, WorkerState]) -> float:
     return entry[0]
 
 
+def _may_leave(request: QueuedRequest) -> bool:
+    return isinstance(request, RoutedRequest) and not (
+        request.started or request.moving or request.submitted_s == math.inf
+    )
+
+
 def _may_give(state: WorkerState) -> bool:
     """Whether an LP has a request that a ticket could take."""
-    return any(
-        not (request.started or request.ticketed or request.urgent or cast("SimRequest", request).moving)
-        for request in state.view.queue
-    )
+    return any(_may_leave(request) and not (request.ticketed or request.urgent) for request in state.view.queue)
+
+
+def _staying_s(state: WorkerState) -> float:
+    """Return the work there and on its way there, in seconds, but for what is asked back."""
+    return state.work_s - sum(state.pace.remaining_work_s(request) for request in state.sent if request.moving)
 
 
 def _work(state: WorkerState) -> float:

@@ -12,8 +12,8 @@ from bench.simulator.router import (
     PlacingRouter,
     RebalancePolicy,
     RouterPolicy,
-    WorkerState,
 )
+from bench.simulator.view import WorkerState
 from bench.workloads import WorkloadRequest
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
@@ -252,7 +252,6 @@ def simulate(
             headroom=system.headroom,
             offload=system.offload,
             rescue=system.rescue,
-            relegate_unsafe=system.order is not None and system.order.relegation != NONE,
             tickets=system.tickets,
             rebalance=system.rebalance,
             deadline_priority=system.deadline_priority,

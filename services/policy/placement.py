@@ -73,7 +73,7 @@ def queue_ttft_s(view: InstanceView, request: QueuedRequest, budget: BudgetPolic
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if not queued.relegated)
     running = step_in_progress(view, pace)
-    return running.estimate(pace, work_s, pace.remaining_work_s(request), view.hop_s).mean_s
+    return running.newcomer(pace, work_s, pace.remaining_work_s(request), view.hop_s).mean_s
 
 
 def place(

@@ -145,6 +145,14 @@ class StepInProgress:
         wait_s = min(pace.finish_s(ahead_s), done_s) if ahead_s > 0 else 0.0
         return TtftEstimate(hop_s + done_s, wait_s, done_s - wait_s, hop_s)
 
+    def newcomer(self, pace: PrefillPace, before_s: float, own_s: float, hop_s: float) -> TtftEstimate:
+        """Predict a request that the running step cannot serve: what it serves of those behind does not help.
+
+        Args: as of `estimate`.
+        """
+        ahead_s = min(self.work_s, before_s)
+        return StepInProgress(self.left_s, ahead_s).estimate(pace, before_s, own_s, hop_s)
+
 
 NO_STEP = StepInProgress()
 _STEPS_UNHEARD = 8

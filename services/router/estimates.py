@@ -28,7 +28,7 @@ class Ahead:
 
     def estimate(self, request: QueuedRequest) -> TtftEstimate:
         """Predict the request's first token if it were sent there now."""
-        return self.running.estimate(self.pace, self.work_s, self._work_s(request), self.hop_s)
+        return self.running.newcomer(self.pace, self.work_s, self._work_s(request), self.hop_s)
 
     def take(self, request: QueuedRequest) -> None:
         """Count a request that was decided to go there."""
@@ -38,23 +38,27 @@ class Ahead:
         return self.pace.work_s(request.prompt_tokens)  # it starts from nothing there
 
 
-def urgent_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
+def urgent_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
     """Return what is served before a new urgent request: what has started, and other urgent requests."""
-    pace = instance_pace(view, budget)
+    pace = pace or instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or queued.urgent)
     return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
 
 
-def kept_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
+def kept_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
     """Return what is served before a new request that all present ones precede, relegated ones aside."""
-    pace = instance_pace(view, budget)
+    pace = pace or instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or not queued.relegated)
     return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
 
 
-def newcomer_ahead(view: InstanceView, budget: BudgetPolicy) -> Ahead:
-    """Return what a request that comes now waits for: on HP it comes as urgent."""
-    return (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget)
+def newcomer_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
+    """Return what a request that comes now waits for: on HP it comes as urgent.
+
+    Args:
+        pace: the instance's; None: computed here.
+    """
+    return (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget, pace)
 
 
 def backlog_s(view: InstanceView, budget: BudgetPolicy) -> float:

@@ -1,19 +1,17 @@
 """One worker as the policies see it: telemetry, and this router's own requests from the moment they are sent."""
 
-import math
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.wire import ROLE_FROM_PROTO
 from services.policy.liveness import RecentMaximum, stall_limit_s
-from services.policy.state import InstanceView, QueuedRequest, Role, Slo
+from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
+from services.policy.telemetry import see_step, share_out_progress
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 
-OTHERS = "~others"
-"""Id of the entry that stands for what other routers have queued on the worker."""
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
 
 
@@ -221,48 +219,20 @@ class Instance:
         view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
         view.queue = [placed.queued for placed in self._queue.values()]
-        self._share_out_progress(now_s)
+        # A request that was on its way when the report left is not in it.
+        seen_s = self._report_s - self.round_trip_s
+        sent = ((placed.queued, placed.submitted_s < seen_s) for placed in self._queue.values())
+        if others := share_out_progress(sent, self.queued_prefill_tokens, now_s):
+            view.queue.append(others)
         view.queue += self._coming.values()
-        self._see_step(now_s)
+        first = next(iter(self._queue.values()), None)
+        see_step(
+            view,
+            now_s,
+            busy=self.running > 0 or self.waiting > 0,
+            began_s=self._step_began_s,
+            queued_tokens=self.queued_prefill_tokens,
+            first=first.queued if first else None,
+            first_sent_s=first.submitted_s if first else 0.0,
+        )
         return view
-
-    def _see_step(self, now_s: float) -> None:
-        """Say how far the running step will be when a request sent now arrives: it began when the last report left."""
-        view = self.view
-        view.step_elapsed_s, view.step_queued_tokens = None, 0
-        if self.running or self.waiting:
-            view.step_elapsed_s = now_s - self._step_began_s + self.round_trip_s
-            view.step_queued_tokens = self.queued_prefill_tokens
-        elif self._queue:  # an idle engine starts at once with what reaches it first
-            first = next(iter(self._queue.values()))
-            view.step_elapsed_s = now_s - first.submitted_s
-            view.step_queued_tokens = first.queued.remaining_tokens
-
-    def _share_out_progress(self, now_s: float) -> None:
-        """Reconcile the worker's count of queued prefill tokens with this router's own requests.
-
-        What the worker has queued beyond our unstarted requests is left of our started ones; beyond those it belongs
-        to other routers. Requests that cannot be in the report yet do not take part.
-        """
-        seen_s = self._report_s - self.round_trip_s / 2
-        started = []
-        rest = self.queued_prefill_tokens
-        for placed in self._queue.values():
-            queued = placed.queued
-            if queued.started:
-                started.append(queued)
-            elif placed.submitted_s < seen_s:
-                rest -= queued.remaining_tokens
-        for queued in started:
-            left = min(max(rest, 1), queued.prompt_tokens)
-            queued.computed_tokens = queued.prompt_tokens - left
-            rest -= left
-        if rest > 0:
-            others = QueuedRequest(
-                request_id=OTHERS,
-                arrival_s=now_s,
-                prompt_tokens=rest,
-                slo=Slo(ttft_s=1e6, tbt_s=math.inf),
-                started=True,
-            )
-            self.view.queue.append(others)

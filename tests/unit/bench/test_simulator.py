@@ -8,15 +8,18 @@ import pytest
 from bench.metrics import Outcome, attains, summarize
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import Engine, EngineConfig
-from bench.simulator.instance import StepTimeTruth
+from bench.simulator.instance import Instance, StepTimeTruth
 from bench.simulator.request import SimRequest
 from bench.simulator.systems import SYSTEMS, simulate
+from bench.simulator.view import RoutedRequest, WorkerState
 from bench.workloads import TraceRow, WorkloadRequest, make_workload, slo_set
 from services.policy.order import OrderPolicy
+from services.policy.prefill import NO_STEP
 from services.policy.relegation import NONE
 from services.policy.roles import RolePolicy
-from services.policy.state import Slo
+from services.policy.state import InstanceView, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.token_budget import BudgetPolicy
 
 CHAT = [TraceRow(None, 200 + 37 * (i % 90), 20 + 7 * (i % 40)) for i in range(360)]
 LOADS = {"light": 4.0, "heavy": 18.0}
@@ -122,6 +125,59 @@ def test_a_withdrawn_request_runs_once() -> None:
     run = simulate(SYSTEMS["ascendra"], workload(16.0, 600), ClusterConfig(instances=3))
     assert run.moves > 0
     assert run.hp_instances == 1
+
+
+def sim_request(name: str, prompt_tokens: int, output_tokens: int, ttft_s: float = 1.0) -> SimRequest:
+    """A request that came at 1 s."""
+    return SimRequest(
+        request_id=name,
+        arrival_s=1.0,
+        prompt_tokens=prompt_tokens,
+        input_tokens=prompt_tokens,
+        total_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        slo=Slo(ttft_s=ttft_s, tbt_s=0.1),
+    )
+
+
+def test_an_evicted_stream_comes_before_new_requests() -> None:
+    """Its reader waits in the midst of it: the deadline is that of its next token, as in the worker's scheduler."""
+    truth = StepTimeTruth(model=A100_LLAMA3_8B)
+    engine = EngineConfig(kv_tokens=272, max_num_seqs=8)
+    instance = Instance(
+        0, Role.UNIFIED, engine, A100_LLAMA3_8B, truth, OrderPolicy(relegation=NONE), BudgetPolicy(), seed=0
+    )
+    for name in ("one", "two"):
+        instance.engine.add(sim_request(name, 96, 60, ttft_s=100.0))
+    new = sim_request("new", 64, 2)
+    admitted: list[str] = []
+    now_s: float | None = 1.0
+    while now_s is not None:
+        step_ends_s = instance.start_step(now_s)
+        if step_ends_s is not None:
+            assert instance.step is not None
+            admitted += [request.request_id for request in instance.step.admitted]
+            evicted = bool(instance.step.preempted)
+            instance.finish_step(step_ends_s)
+            if evicted:
+                instance.engine.add(new)
+        now_s = step_ends_s
+    assert admitted == ["one", "two", "two", "new"]
+
+
+def test_the_router_knows_the_running_step() -> None:
+    """A newcomer is predicted behind what is left of the step that runs, from reports and its own sends alone."""
+    view = InstanceView(worker_id="w", role=Role.UNIFIED, model=A100_LLAMA3_8B, hop_s=0.002)
+    state = WorkerState(0, view, BudgetPolicy())
+    assert state.running(1.0) == NO_STEP
+    sim = sim_request("r", 2000, 1)
+    first = RoutedRequest.arrived(sim)
+    state.add(first)
+    first.submitted_s = 1.0
+    whole_s = state.pace.alone_s(first)
+    assert state.running(1.0 + 0.25 * whole_s).left_s == pytest.approx(0.75 * whole_s)
+    newcomer = RoutedRequest.arrived(replace(sim, request_id="n"))
+    assert state.ttft_s(newcomer, 1.0 + 0.25 * whole_s) == pytest.approx(view.hop_s + 1.75 * whole_s)
 
 
 def test_the_default_budget_breaks_tight_gaps() -> None:

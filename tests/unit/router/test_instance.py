@@ -5,9 +5,10 @@ import pytest
 from ascendra.v1 import common_pb2, worker_pb2
 from services.policy.state import Role, Slo
 from services.policy.step_time import StepTimeBin, StepTimeModel
+from services.policy.telemetry import OTHERS
 from services.policy.token_budget import BudgetPolicy
 from services.router.estimates import backlog_s
-from services.router.instance import OTHERS, Instance, Placed
+from services.router.instance import Instance, Placed
 from services.router.mailbox import Mailbox
 from services.router.prediction import token_load_model
 from services.router.request import LiveRequest, RequestSpec

@@ -1,0 +1,68 @@
+"""What a decider concludes from an instance's last report and from what it has sent there since."""
+
+import math
+from collections.abc import Iterable
+
+from services.policy.state import InstanceView, QueuedRequest, Slo
+
+OTHERS = "~others"
+"""Id of the entry that stands for what other routers have queued on an instance."""
+
+
+def share_out_progress(
+    sent: Iterable[tuple[QueuedRequest, bool]], queued_tokens: int, now_s: float
+) -> QueuedRequest | None:
+    """Reconcile an instance's count of queued prefill tokens with a decider's own requests there.
+
+    What of its unstarted and started requests is no longer queued was computed of the started ones, whose
+    `computed_tokens` grow, those served first first. What is queued beyond them belongs to others, for whom an entry
+    is returned. Reconciling the same count again changes nothing.
+
+    Args:
+        sent: own requests whose prefill is not complete, and whether the report can know of each.
+        queued_tokens: prefill tokens that the instance reported.
+    """
+    known = [queued for queued, reported in sent if reported]
+    done = sum([queued.remaining_tokens for queued in known]) - queued_tokens
+    if done > 0:
+        for queued in sorted((queued for queued in known if queued.started), key=_turn):
+            tokens = min(done, queued.remaining_tokens - 1)  # its last chunk shows by its token
+            queued.computed_tokens += tokens
+            done -= tokens
+    if done >= 0:
+        return None
+    slo = Slo(ttft_s=1e6, tbt_s=math.inf)
+    return QueuedRequest(request_id=OTHERS, arrival_s=now_s, prompt_tokens=-done, slo=slo, started=True)
+
+
+def see_step(
+    view: InstanceView,
+    now_s: float,
+    *,
+    busy: bool,
+    began_s: float,
+    queued_tokens: int,
+    first: QueuedRequest | None,
+    first_sent_s: float,
+) -> None:
+    """Note in the view how far the running step will be when a request sent now arrives.
+
+    Args:
+        busy: the instance had work when it last reported: its step began then.
+        began_s: when that report left, as seen from here.
+        queued_tokens: prefill tokens that it reported.
+        first: the request sent there first of those without a token: an idle instance starts at once with it.
+        first_sent_s: when that was.
+    """
+    view.step_elapsed_s, view.step_queued_tokens = None, 0
+    if busy:
+        view.step_elapsed_s = now_s - began_s + view.hop_s
+        view.step_queued_tokens = queued_tokens
+    elif first is not None:
+        view.step_elapsed_s = now_s - first_sent_s
+        view.step_queued_tokens = first.remaining_tokens
+
+
+def _turn(request: QueuedRequest) -> tuple[bool, bool, float]:
+    """Sort as an instance serves those that it has started."""
+    return not request.continued, request.relegated, request.deadline_s
