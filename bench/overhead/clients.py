@@ -196,7 +196,8 @@ async def sse(addresses: Sequence[str], streams: int, tokens: int, tokens_only: 
             while line := await reader.readline():
                 if line.startswith(b"data: {"):
                     times.append(time.monotonic())
-                    if b'"error"' in line:
+                    # Not text that is this word.
+                    if line.startswith(b'data: {"error"') or b'"finish_reason":"error"' in line:
                         arrivals.errors.append(line.decode())
                 elif line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200 "):
                     arrivals.errors.append(line.decode())
