@@ -42,18 +42,23 @@ async def disturb_predictor(fault: str, pid: int, address: str, worker_ids: Sequ
             raise ValueError(f"unknown fault {fault!r}")
 
 
+def nonsense_steps(rng: random.Random, count: int) -> list[common_pb2.StepTelemetry]:
+    """Return steps that cannot be, and some that are only a hundred times too long."""
+    return [
+        common_pb2.StepTelemetry(
+            step=rng.randint(1, 1 << 40),
+            prefill_tokens=rng.choice([0, 1, 300, 1 << 31]),
+            decodes=rng.choice([0, 1, 40]),
+            step_s=rng.choice([-1.0, math.nan, 1e-9, 5.0, 59.0, 1e9]),
+        )
+        for _ in range(count)
+    ]
+
+
 async def _nonsense(worker_ids: Sequence[str]) -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
     rng = random.Random(4)
     while True:
         for worker_id in worker_ids:
-            steps = [
-                common_pb2.StepTelemetry(
-                    step=rng.randint(1, 1 << 40),
-                    prefill_tokens=rng.choice([0, 1, 300, 1 << 31]),
-                    decodes=rng.choice([0, 1, 40]),
-                    step_s=rng.choice([-1.0, math.nan, 1e-9, 5.0, 59.0, 1e9]),
-                )
-                for _ in range(10)
-            ]
+            steps = nonsense_steps(rng, 10)
             yield predictor_pb2.ReportTelemetryRequest(worker_id=worker_id, incarnation="forged", steps=steps)
         await asyncio.sleep(0.5)

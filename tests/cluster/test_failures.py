@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import os
 import random
 import signal
@@ -14,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from ascendra import AscendraError, AsyncClient, RetryPolicy, SamplingParams, UnavailableError
-from ascendra.v1 import cluster_pb2, common_pb2, predictor_pb2, predictor_pb2_grpc
+from ascendra.v1 import cluster_pb2, predictor_pb2, predictor_pb2_grpc
+from bench.live.faults import nonsense_steps
 from tests.cluster.conftest import Corpus
 from tests.cluster.load import Case, Load, Recording, random_prompts, undisturbed
 from tests.support.cluster import Service, Site, attached, running, until
@@ -95,15 +95,7 @@ async def test_nonsense_told_to_the_predictor_stops_no_stream(site: Site, corpus
 
     async def nonsense() -> AsyncIterator[predictor_pb2.ReportTelemetryRequest]:
         for _ in range(40):
-            steps = [
-                common_pb2.StepTelemetry(
-                    step=rng.randint(1, 1 << 40),
-                    prefill_tokens=rng.choice([0, 1, 300, 1 << 31]),
-                    decodes=rng.choice([0, 1, 40]),
-                    step_s=rng.choice([-1.0, math.nan, 1e-9, 5.0, 59.0, 1e9]),
-                )
-                for _ in range(20)
-            ]
+            steps = nonsense_steps(rng, 20)
             for worker_id in ("cpu-lp", "cpu-hp"):
                 yield predictor_pb2.ReportTelemetryRequest(worker_id=worker_id, incarnation="forged", steps=steps)
             await asyncio.sleep(0.02)
