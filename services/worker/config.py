@@ -73,6 +73,9 @@ class WorkerConfig:
     api_key_file: str = option("", "file with the API key that the routers ask of those who register; empty: none")
     register_ttl_ms: int = option(6000, "a router forgets the registration after this many milliseconds")
     metrics_listen: str = option("127.0.0.1:0", "host:port of /health, /live and /metrics; empty: none")
+    start_timeout_s: float = option(
+        1800.0, "seconds in which the engine must start; after that the worker says where it hangs, and exits with 71"
+    )
     drain_timeout_s: float = option(30.0, "seconds until a drain cancels what is left")
     heartbeat_ms: int = option(250, "longest silence on a stream in milliseconds")
     otlp_endpoint: str = option("", "URL that spans go to by OTLP/gRPC, http://host:4317 or https://...; empty: none")
@@ -84,6 +87,8 @@ class WorkerConfig:
         for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.start_timeout_s <= 0:
+            raise ValueError(f"start-timeout-s must be above 0, got {self.start_timeout_s}")
         if self.kv_lease_s < 6:
             raise ValueError(f"kv-lease-s must be at least 6, got {self.kv_lease_s}")
         if not self.model and self.engine != "emulated":
@@ -132,6 +137,7 @@ class WorkerConfig:
             emulated_step_time=profile if emulated else None,
             step_time=profile,
             kv_transfer=self._kv_transfer(),
+            start_timeout_s=self.start_timeout_s,
             policy=PolicySettings(
                 role=self.role.value,
                 value_function=self.value_function,

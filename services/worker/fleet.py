@@ -150,13 +150,15 @@ def emit(event: str, **details: object) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def import_engine() -> None:
+def import_engine(*, cuda: bool) -> None:
     """Import everything a worker needs, once, and keep it out of the garbage collector's way."""
     for module in _OWN_MODULES:
         importlib.import_module(module)
     for module in _VLLM_MODULES:
         with contextlib.suppress(ImportError):  # imported only to save the forked workers time
             importlib.import_module(module)
+    if not cuda:
+        importlib.import_module("services.worker.engine.adapter").register_llama()
     gc.collect()
     gc.freeze()
 
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment(members[0].config.engine, members[0].config.cpu_threads)
     emit("importing", pid=os.getpid(), workers=len(members))
     started_s = time.monotonic()
-    import_engine()
+    import_engine(cuda=engines == {"cuda"})
     emit("imported", seconds=round(time.monotonic() - started_s, 2))
     return Fleet(members, restart=arguments.restart).run()
 

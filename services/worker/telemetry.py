@@ -43,6 +43,7 @@ class TelemetryReporter:
         """Report until cancelled; reconnects for ever."""
         connector = Connector(self._address, self._tls)
         pause_s = _RETRY_S[0]
+        said = ""
         try:
             while True:
                 opened_s = time.monotonic()
@@ -52,10 +53,13 @@ class TelemetryReporter:
                     call = stub.ReportTelemetry()  # type: ignore[call-arg]  # written through the call
                     await write_reports(call, self._due, _BATCH_S)
                 except grpc.aio.AioRpcError as error:
-                    log.info("predictor_away", address=self._address, status=error.code().name)
+                    if error.code().name != said:  # once, however often it is tried again
+                        log.info("predictor_away", address=self._address, status=error.code().name)
+                    said = error.code().name
                 except InvalidArgumentError as error:
                     log.error("certificates_unreadable", why=error.message)
                 lasted = time.monotonic() - opened_s > _RETRY_S[1]
+                said = "" if lasted else said
                 pause_s = _RETRY_S[0] if lasted else min(pause_s * 2, _RETRY_S[1])
                 await asyncio.sleep(pause_s)
         finally:

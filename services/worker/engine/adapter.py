@@ -1,7 +1,7 @@
 """The only front-end module that imports vLLM: `contract.Engine` over `AsyncLLM`.
 
 It touches vLLM's stable surface only: AsyncEngineArgs, AsyncLLM.from_vllm_config / generate / shutdown / errored,
-SamplingParams, envs.enable_envs_cache and EngineCoreClient.call_utility_async.
+SamplingParams, ModelRegistry, envs.enable_envs_cache and EngineCoreClient.call_utility_async.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import vllm
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models import ModelRegistry
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -38,8 +39,9 @@ from services.worker.engine.contract import (
     StepReport,
     WithdrawOutcome,
 )
-from services.worker.engine.kv_transfer import connector_config, encode_handle, provide_nixl, read_handle
+from services.worker.engine.kv_transfer import connector_config, encode_handle, provide_nixl, read_handle, reserved_port
 from services.worker.engine.settings import EngineSettings
+from services.worker.engine.start_limit import start_limit
 
 log = get_logger()
 
@@ -92,9 +94,10 @@ class VllmEngine:
             reports.setblocking(False)
             reports.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             reports.bind(str(scratch / "reports"))
-            config = _engine_config(settings, scratch)
+            with start_limit(settings.start_timeout_s), _kv_port(settings) as kv_port:
+                config = _engine_config(settings, scratch, kv_port)
+                llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_NoStats], disable_log_stats=True)
             own_scheduler = config.scheduler_config.scheduler_cls is not None
-            llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_NoStats], disable_log_stats=True)
             # vLLM reads its environment for every token otherwise; the engine core has done this by itself.
             vllm.envs.enable_envs_cache()
             facts = await _control(llm, "describe", []) if own_scheduler else {}
@@ -273,6 +276,17 @@ class VllmEngine:
         )
 
 
+def register_llama() -> None:
+    """Tell vLLM's registry the class of Llama models, which it would import in a process of its own for every worker.
+
+    That protects CUDA from forks and takes ten seconds a worker unless a cache of another start is at hand: for
+    engines without CUDA only.
+    """
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
+
+
 async def _control(llm: AsyncLLM, method: str, arguments: list[Any]) -> Any:
     """Run a method of our scheduler in the engine core, between two steps."""
     try:
@@ -282,7 +296,11 @@ async def _control(llm: AsyncLLM, method: str, arguments: list[Any]) -> Any:
         raise EngineDead(f"the engine core did not answer {method}") from error
 
 
-def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
+def _kv_port(settings: EngineSettings) -> contextlib.AbstractContextManager[int]:
+    return reserved_port(settings.kv_transfer.host) if settings.kv_transfer else contextlib.nullcontext(0)
+
+
+def _engine_config(settings: EngineSettings, scratch: Path, kv_port: int = 0) -> Any:
     emulated = settings.engine == "emulated"
     model = settings.model
     if emulated:
@@ -324,7 +342,8 @@ def _engine_config(settings: EngineSettings, scratch: Path) -> Any:
         options |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
         options["distributed_executor_backend"] = _resolve(_EXECUTOR)
     if settings.kv_transfer is not None and _can_transfer_kv(settings.engine):
-        options["kv_transfer_config"] = KVTransferConfig(**connector_config(settings.kv_transfer, settings.engine))
+        connector = connector_config(settings.kv_transfer, settings.engine, kv_port)
+        options["kv_transfer_config"] = KVTransferConfig(**connector)
     if settings.stock_scheduler or not _scheduler_fits():
         log.warning("stock_priority_scheduling", vllm=vllm.__version__, asked_for=settings.stock_scheduler)
         options["scheduling_policy"] = "priority"

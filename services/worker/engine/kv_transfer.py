@@ -5,6 +5,8 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -54,10 +56,23 @@ class _PacedBindings:
         return self._bindings.nixlAgent(name, config)
 
 
-def connector_config(settings: KvTransferSettings, engine: str) -> dict[str, Any]:
+@contextmanager
+def reserved_port(host: str) -> Iterator[int]:
+    """Choose a port that nobody else is given until the connector listens on it.
+
+    The connector waits without a limit when it cannot: vLLM's start would hang. ZeroMQ listens with SO_REUSEADDR, which
+    two sockets that have it may share while neither listens; a port of the kernel's choice is never one that is bound.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((host, 0))
+        yield int(holder.getsockname()[1])
+
+
+def connector_config(settings: KvTransferSettings, engine: str, port: int) -> dict[str, Any]:
     """Return vLLM's kv_transfer_config, after telling the connector by environment where it listens."""
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.host
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(settings.host))
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     if is_loopback(settings.host):
         # UCX would listen on every interface; within a host it uses shared memory, and this for its connections.
         os.environ.setdefault("UCX_NET_DEVICES", "lo")
@@ -95,8 +110,3 @@ def read_handle(handle: bytes, tokens: int) -> dict[str, Any] | None:
         return dict(exported["params"]) if fits else None
     except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, ValueError):
         return None
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])

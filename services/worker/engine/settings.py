@@ -71,3 +71,4 @@ class EngineSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     kv_transfer: KvTransferSettings | None = None
     """None: KV is never handed over."""
+    start_timeout_s: float = 1800.0

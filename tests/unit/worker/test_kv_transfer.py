@@ -1,13 +1,16 @@
 """Handles of KV caches, and workers with and without NIXL."""
 
+import socket
+
 import orjson
 import pytest
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker import config as config_module
 from services.worker.config import WorkerConfig
-from services.worker.engine.kv_transfer import encode_handle, is_loopback, read_handle
+from services.worker.engine.kv_transfer import encode_handle, is_loopback, read_handle, reserved_port
 
 EXPORTED = {"params": {"remote_block_ids": [[4, 9]], "remote_host": "h"}, "tokens": 200, "blocks": 2, "generated": 5}
 
@@ -51,3 +54,16 @@ def test_loopback_addresses() -> None:
     assert is_loopback("::1")
     assert not is_loopback("10.0.0.7")
     assert not is_loopback("worker-1")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_reserved_port_is_the_connectors_alone(host: str) -> None:
+    """Others cannot bind it, nor are given it; ZeroMQ, with which the connector listens, can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with reserved_port(host) as port, zmq.Context() as context, context.socket(zmq.ROUTER) as listener:
+        with socket.socket(family) as other, pytest.raises(OSError, match="in use"):
+            other.bind((host, port))
+        listener.setsockopt(zmq.IPV6, family == socket.AF_INET6)
+        listener.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+    with socket.create_server((host, port), family=family):
+        pass  # free again

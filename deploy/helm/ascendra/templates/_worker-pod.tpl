@@ -62,11 +62,12 @@ spec:
       ports:
         - {name: grpc, containerPort: 50061}
         - {name: metrics, containerPort: 50090}
-      # It listens once the model is loaded.
+      # It listens once the model is loaded. After startupSeconds it ends itself and says where it hangs; the probe is
+      # for what cannot.
       startupProbe:
         {{- include "ascendra.grpcProbe" (list $root 50061) | nindent 8 }}
         periodSeconds: 5
-        failureThreshold: {{ div $pool.startupSeconds 5 }}
+        failureThreshold: {{ add (div $pool.startupSeconds 5) 12 }}
       readinessProbe:
         {{- include "ascendra.grpcProbe" (list $root 50061) | nindent 8 }}
         periodSeconds: 2

@@ -61,6 +61,25 @@ class KvTransfer:
         params["remote_block_ids"] = [ids + ids[-1:] * (blocks - len(ids))]
         return {"params": params, "tokens": tokens, "blocks": blocks, "generated": request.num_output_tokens}
 
+    def unread(self, output: Any) -> list[Request]:
+        """Return whose KV could not be read, by what the connector said after a step (None: nothing).
+
+        vLLM names the requests; older ones (0.26) name the blocks that they wait for.
+        """
+        if output is None:
+            return []
+        requests = self._scheduler.requests
+        named = set(getattr(output, "failed_recving", None) or ())
+        if output.invalid_block_ids:
+            named |= {name for name, request in requests.items() if self._awaits(request, output.invalid_block_ids)}
+        return [requests[name] for name in named if name in requests]
+
+    def _awaits(self, request: Request, blocks: set[int]) -> bool:
+        if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return False
+        held = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        return any(not blocks.isdisjoint(group) for group in held)
+
     def release(self, request: Request) -> None:
         """Free the blocks of an exported request, unless they are free already."""
         if request.is_finished():

@@ -275,23 +275,15 @@ class PolicyScheduler:
 
     def _kv_failed(self, model_runner_output: Any) -> list[str]:
         """Return the requests whose KV could not be read, as the front end knows them."""
-        transferred = getattr(model_runner_output, "kv_connector_output", None)
-        scheduler: Any = self
-        return [
-            self.standing(scheduler.requests[request_id]).get("request_id", "")
-            for request_id in (transferred.failed_recving or () if transferred is not None else ())
-            if request_id in scheduler.requests
-        ]
+        output = getattr(model_runner_output, "kv_connector_output", None)
+        return [self.standing(request).get("request_id", "") for request in self.kv_transfer.unread(output)]
 
     def _load_changed(self) -> bool:
         """Tell whether the load is another than when last asked, in steps that computed nothing."""
         scheduler: Any = self
         before = self._load
-        self._load = EngineLoad(
-            waiting=len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
-            running=len(scheduler.running),
-            kv_usage=scheduler.kv_cache_manager.usage,
-        )
+        running, waiting = scheduler.get_request_counts()
+        self._load = EngineLoad(waiting=waiting, running=running, kv_usage=scheduler.kv_cache_manager.usage)
         return self._load != before
 
     def _forget(self, request_id: str) -> None:
