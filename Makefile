@@ -57,7 +57,7 @@ test-browser: setup ## The console in headless Chromium, under load (apt-get ins
 
 check: setup ## Lint, types and fast tests, under a minute
 	$(MAKE) lint types
-	$(TEST) -m "not engine and not cluster"
+	$(TEST) tests/unit -m "not engine and not slow"
 
 lint: setup
 	ruff check .

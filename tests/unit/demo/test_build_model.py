@@ -12,6 +12,8 @@ import pytest
 from demo.build_model import BUILD_FILE, Settings, build_model, main
 from demo.corpus import load_corpus
 
+pytestmark = pytest.mark.slow
+
 FEW_STEPS = Settings(steps=30, train_seconds=60.0)
 
 

@@ -7,6 +7,8 @@ import torch
 
 from demo.train import HELD_OUT_TOKENS, Outcome, new_model, train
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 512
 STREAM = torch.randint(VOCAB_SIZE, (3 * HELD_OUT_TOKENS,), generator=torch.Generator().manual_seed(0))
 
