@@ -43,6 +43,9 @@ VOCABULARY = range(300, 4000)
 """Ordinary tokens of the demo model."""
 KINDS = (MoveMethod.REPLAY, MoveMethod.KV)
 _LIMIT_S = 120.0
+_TRIES = 5
+_PAUSE_S = 12.0
+"""Longer than the router waits after a transfer that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,10 @@ async def routed(model: Model, source: str, target: str) -> AsyncIterator[tuple[
         await task
 
 
+class NoTransferError(Exception):
+    """The router would not hand a KV cache over now: a transfer between the two workers failed a moment ago."""
+
+
 class Stream:
     """One stream from its first token through its move."""
 
@@ -118,30 +125,37 @@ class Stream:
 
         Args:
             kill: processes that end when the source has handed the stream over.
+
+        Raises:
+            NoTransferError: it did not move.
         """
-        follow = asyncio.create_task(self._follow())
-        async with asyncio.timeout(_LIMIT_S):
+        async with asyncio.timeout(_LIMIT_S), asyncio.TaskGroup() as tasks:
+            follow = tasks.create_task(self._follow())
             while len(self._arrived_s) < TOKENS_BEFORE:
                 self._progress.clear()
                 await self._progress.wait()
             request = next(iter(self._router.dispatcher.live.values()))
             began_s = time.monotonic()
-            self._start(request, method)
-            if kill:
+            started = self._start(request, method)
+            if started and kill:
                 await _handed_over(request)
                 for pid in kill:
                     os.kill(pid, signal.SIGKILL)
             attempts = await follow
+        if not started:
+            raise NoTransferError
         delivered = next(attempt for attempt in attempts[1:] if attempt.first_token_offset)
         return self._arrived_s[delivered.first_token_offset] - began_s, delivered.moved_by
 
-    def _start(self, request: LiveRequest, method: MoveMethod) -> None:
+    def _start(self, request: LiveRequest, method: MoveMethod) -> bool:
         plan = self._router.mover.plan(request)
         assert plan is not None, "the request cannot move"
         # What the policy would choose does not matter here, but whether it could.
-        assert method is MoveMethod.REPLAY or plan.choice.kv_s > 0, plan.choice.reason
+        if method is MoveMethod.KV and not plan.choice.kv_s:
+            return False
         choice = MoveChoice(method, "the bench wants it", plan.choice.kv_s, plan.choice.replay_s)
         self._router.mover.start(replace(plan, choice=choice), "bench")
+        return True
 
     async def _follow(self) -> Sequence[Any]:
         sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS_BEFORE + TOKENS_AFTER, ignore_eos=True)
@@ -159,6 +173,33 @@ async def _handed_over(request: LiveRequest) -> None:
         await asyncio.sleep(0)
 
 
+class Bench:
+    """Moves streams of one context length between the two workers of a router."""
+
+    def __init__(self, router: Router, client: AsyncClient, context_tokens: int, seeds: Iterator[int]) -> None:
+        self._router = router
+        self._client = client
+        self._context_tokens = context_tokens
+        self._seeds = seeds
+
+    async def move(self, method: MoveMethod, kill: Sequence[int] = ()) -> tuple[float, str]:
+        """Move a stream, as `Stream.move`; waits while the router would not transfer."""
+        for _ in range(_TRIES):
+            stream = Stream(self._router, self._client, self._context_tokens, next(self._seeds))
+            with contextlib.suppress(NoTransferError):
+                return await stream.move(method, kill)
+            await asyncio.sleep(_PAUSE_S)
+        raise RuntimeError(f"no transfer between the two workers in {_TRIES} tries")
+
+    async def meet(self) -> None:
+        """Move streams by KV until one arrived so: the first transfer between two workers may exceed its bound."""
+        for _ in range(_TRIES):
+            _, moved_by = await self.move(MoveMethod.KV)
+            if moved_by == MoveMethod.KV:
+                return
+        raise RuntimeError(f"no transfer between the two workers arrived in {_TRIES} tries")
+
+
 async def measure(model: Model, context_tokens: int, repetitions: int, deaths: int) -> tuple[list[Run], int]:
     """Return the runs, interleaved, and the KV bytes per token."""
     seeds = itertools.count(1)
@@ -168,23 +209,21 @@ async def measure(model: Model, context_tokens: int, repetitions: int, deaths: i
         addresses, _ = await processes.start_workers([worker(model, name) for name in ("target", *sources)])
         target, *others = addresses
         async with routed(model, others[0], target) as (router, client):
-            for kind in KINDS:  # the first ones pay for what is done once
-                await Stream(router, client, context_tokens, next(seeds)).move(kind)
-            for _ in range(repetitions):
-                for kind in KINDS:
-                    took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(kind)
-                    runs.append(shown(Run(kind.value, took_s, moved_by)))
+            bench = Bench(router, client, context_tokens, seeds)
+            await bench.move(MoveMethod.REPLAY)  # the first ones pay for what is done once
+            await bench.meet()
+            runs += [shown(Run(kind.value, *await bench.move(kind))) for kind in KINDS * repetitions]
             bytes_per_token = next(link.known.kv_transfer.bytes_per_token for link in router.pool.links())
         for index, (name, address) in enumerate(zip(sources[1:], others[1:], strict=True)):
             async with routed(model, address, target) as (router, client):
+                bench = Bench(router, client, context_tokens, seeds)
                 met = index % 2 == 0
                 if met:
-                    await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV)
-                took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.REPLAY)
-                runs.append(shown(Run(MoveMethod.REPLAY.value, took_s, moved_by)))
+                    await bench.meet()
+                runs.append(shown(Run(MoveMethod.REPLAY.value, *await bench.move(MoveMethod.REPLAY))))
                 kill = processes_of(processes.front_ends[name])
-                took_s, moved_by = await Stream(router, client, context_tokens, next(seeds)).move(MoveMethod.KV, kill)
-                runs.append(shown(Run(f"killed ({'met' if met else 'unmet'})", took_s, moved_by)))
+                killed = f"killed ({'met' if met else 'unmet'})"
+                runs.append(shown(Run(killed, *await bench.move(MoveMethod.KV, kill))))
     return runs, bytes_per_token
 
 
