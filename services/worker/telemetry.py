@@ -15,7 +15,7 @@ from services.common.logging import get_logger
 from services.common.reporting import write_reports
 from services.common.wire import ROLE_TO_PROTO
 from services.worker import metrics
-from services.worker.engine.contract import StepReport
+from services.worker.engine.contract import EngineDead, StepReport
 from services.worker.worker import Worker
 
 log = get_logger()
@@ -58,6 +58,8 @@ class TelemetryReporter:
                     said = error.code().name
                 except InvalidArgumentError as error:
                     log.error("certificates_unreadable", why=error.message)
+                except EngineDead as error:  # or it stands still: the next attempt tells
+                    log.warning("step_time_model_unknown", why=str(error))
                 lasted = time.monotonic() - opened_s > _RETRY_S[1]
                 said = "" if lasted else said
                 pause_s = _RETRY_S[0] if lasted else min(pause_s * 2, _RETRY_S[1])

@@ -1,6 +1,6 @@
 """The simulated cluster: conservation, determinism, what each mechanism is there for, and its speed."""
 
-import time
+import cProfile
 from dataclasses import replace
 
 import pytest
@@ -231,19 +231,13 @@ def test_the_planner_learns_a_slower_machine() -> None:
 
 
 @pytest.mark.slow
-def test_speed_does_not_depend_on_the_number_of_workers() -> None:
-    """A request costs at 64 workers about what it does at 8, not 8 times as much (generous: the machine is shared)."""
+def test_cost_does_not_depend_on_the_number_of_workers() -> None:
+    """A request takes at 64 workers about the calls it takes at 8. Seconds, which bench.speed measures, are noisy."""
 
-    def seconds_per_request(instances: int) -> float:
+    def calls_per_request(instances: int) -> float:
         requests = workload(5.0 * instances, 20 * instances)
-        return _timed(requests, instances) / len(requests)
+        profile = cProfile.Profile()
+        profile.runcall(simulate, SYSTEMS["unified"], requests, ClusterConfig(instances=instances))
+        return sum(entry.callcount for entry in profile.getstats()) / len(requests)
 
-    pairs = [(seconds_per_request(8), seconds_per_request(64)) for _ in range(3)]
-    few, many = map(min, zip(*pairs, strict=True))
-    assert many < 3 * few
-
-
-def _timed(requests: list[WorkloadRequest], instances: int) -> float:
-    started = time.process_time()
-    simulate(SYSTEMS["unified"], requests, ClusterConfig(instances=instances))
-    return time.process_time() - started
+    assert calls_per_request(64) < 1.2 * calls_per_request(8)
