@@ -81,7 +81,8 @@ class Load:
         self._arguments = arguments
         self._rng = random.Random(seed)
         self.gaps_s: list[float] = []
-        self.prefilled_tokens = 0
+        self.prefilled_s: list[float] = []
+        """When each long prompt was done."""
         self.measuring = False
 
     async def stream(self, started: asyncio.Event) -> None:
@@ -101,7 +102,12 @@ class Load:
         while True:
             async for chunk in self._request(self._arguments.prompt_tokens, 1, self._arguments.tbt_ms):
                 if chunk.token_ids and self.measuring:
-                    self.prefilled_tokens += self._arguments.prompt_tokens
+                    self.prefilled_s.append(time.monotonic())
+
+    def prefill_tokens_per_s(self) -> float:
+        """Return the rate from the first to the last prompt that was done: whole ones, in the time that they took."""
+        first_s, *_, last_s = self.prefilled_s
+        return (len(self.prefilled_s) - 1) * self._arguments.prompt_tokens / (last_s - first_s)
 
     def _request(self, prompt_tokens: int, tokens: int, tbt_ms: float) -> AsyncIterator[Any]:
         return self._session.stream(
@@ -133,8 +139,8 @@ async def turn(session: Session, name: str, pair: int, arguments: argparse.Names
         await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(1.0)  # lets the engine finish with what was cancelled
     p50, p99, most = np.percentile(load.gaps_s, [50, 99, 100]) * 1e3
-    prefill = load.prefilled_tokens / seconds
-    return Turn(name, pair, float(p50), float(p99), float(most), prefill, len(load.gaps_s) / seconds)
+    stream_tokens_per_s = len(load.gaps_s) / seconds
+    return Turn(name, pair, float(p50), float(p99), float(most), load.prefill_tokens_per_s(), stream_tokens_per_s)
 
 
 async def run(arguments: argparse.Namespace) -> list[Turn]:
