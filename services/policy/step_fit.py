@@ -20,6 +20,8 @@ _REFIT_STEPS = 32
 _RECENT = 64
 """Steps that the correction and the detection of a changed machine look at."""
 _RATIO_WINDOW = 1024
+"""Steps by which the spread is judged, and never more than half of all so far: the first ones were predicted by a
+profile of another machine, and would speak for a wide spread until the window is full."""
 _SAFETY_SIGMAS = 3.0
 """Spreads of step time that the safety factor covers at least: one step in some 740 is longer. A request of 50
 tokens fails by its worst gap: in simulation 2.5 cost 2 to 6% of requests at spreads of 0.1 to 0.2, and 3.3 few."""
@@ -137,6 +139,8 @@ class OnlineStepTimeFit:
         ratio = step_s / predicted_s
         residual = math.log(ratio)
         self._ratios.append(ratio)
+        if len(self._ratios) > max(_RECENT, (self.samples - self._prior.samples) // 2):
+            self._ratios.popleft()
         self._recent.append((shape, step_s))
         self._correction += 0.01 * min(max(residual, -_CLIP), _CLIP)
         self.samples += 1

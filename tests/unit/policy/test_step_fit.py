@@ -68,6 +68,13 @@ def test_safety_factor_follows_the_measured_spread(sigma: float) -> None:
     assert math.exp(2.2 * sigma) < model.safety_factor < math.exp(4 * sigma) + 0.03
 
 
+def test_what_was_predicted_before_the_first_fit_is_soon_forgotten() -> None:
+    """A machine six times as slow as the profile: some hundred steps later the safety factor is that of its noise."""
+    fit = OnlineStepTimeFit(A100_LLAMA3_8B)
+    teach(fit, 200, factor=6.0, sigma=0.03)
+    assert fit.model().safety_factor < 1.2
+
+
 def test_predictions_stay_unbiased_under_wide_noise() -> None:
     """With sigma 0.2 the typical error stays small and the safety factor is what grows."""
     fit = OnlineStepTimeFit(A100_LLAMA3_8B)
