@@ -106,8 +106,8 @@ class Load:
 
     def prefill_tokens_per_s(self) -> float:
         """Return the rate from the first to the last prompt that was done: whole ones, in the time that they took."""
-        first_s, *_, last_s = self.prefilled_s
-        return (len(self.prefilled_s) - 1) * self._arguments.prompt_tokens / (last_s - first_s)
+        first_s, last_s = self.prefilled_s[0], self.prefilled_s[-1]
+        return (len(self.prefilled_s) - 1) * float(self._arguments.prompt_tokens) / (last_s - first_s)
 
     def _request(self, prompt_tokens: int, tokens: int, tbt_ms: float) -> AsyncIterator[Any]:
         return self._session.stream(
