@@ -55,7 +55,7 @@ test-browser: setup ## The console in headless Chromium, under load (apt-get ins
 	@command -v chromium && command -v chromedriver || { echo "needs Chromium: apt-get install chromium chromium-driver"; exit 1; }
 	$(TEST) tests/browser
 
-check: setup ## Lint, types and fast tests, under a minute
+check: setup ## Lint, types and fast tests
 	$(MAKE) lint types
 	$(TEST) tests/unit -m "not engine and not slow"
 

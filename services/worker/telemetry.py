@@ -53,9 +53,10 @@ class TelemetryReporter:
                     call = stub.ReportTelemetry()  # type: ignore[call-arg]  # written through the call
                     await write_reports(call, self._due, _BATCH_S)
                 except grpc.aio.AioRpcError as error:
-                    if error.code().name != said:  # once, however often it is tried again
-                        log.info("predictor_away", address=self._address, status=error.code().name)
-                    said = error.code().name
+                    status = error.code().name
+                    if status != said:  # once, however often it is tried again
+                        log.info("predictor_away", address=self._address, status=status)
+                    said = status
                 except InvalidArgumentError as error:
                     log.error("certificates_unreadable", why=error.message)
                 except EngineDead as error:  # or it stands still: the next attempt tells

@@ -71,4 +71,5 @@ class EngineSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     kv_transfer: KvTransferSettings | None = None
     """None: KV is never handed over."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: float
+    """The engine must start within, in seconds."""

@@ -1,4 +1,4 @@
-"""The simulated cluster: conservation, determinism, what each mechanism is there for, and its speed."""
+"""The simulated cluster: conservation, determinism, what each mechanism is there for, and its cost."""
 
 import cProfile
 from dataclasses import replace

@@ -58,7 +58,7 @@ def test_loopback_addresses() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_a_reserved_port_is_the_connectors_alone(host: str) -> None:
-    """Others cannot bind it, nor are given it; ZeroMQ, with which the connector listens, can."""
+    """Others cannot bind it; ZeroMQ, with which the connector listens, can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with reserved_port(host) as port, zmq.Context() as context, context.socket(zmq.ROUTER) as listener:
         with socket.socket(family) as other, pytest.raises(OSError, match="in use"):
