@@ -78,7 +78,7 @@ SYSTEMS: dict[str, System] = {
             "static-budget-tokens": 512,
             "relegation": "none",
         },
-        router={"placement": "least_requests", "rescue": False},
+        router={"placement": "least_requests", "rescue": False, "hp-fill": 0},
     ),
 }
 DEFAULT_ORDER = "ascendra-edf"

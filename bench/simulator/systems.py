@@ -37,6 +37,8 @@ class System:
 
     summary: str
     placement: str = "least_predicted_work"
+    hp_fill: float = 1.0
+    """As in PlacementPolicy."""
     budget: BudgetPolicy = _DYNAMIC
     order: OrderPolicy | None = _EDF_MH
     """None: stock vLLM, in order of arrival, with the budget's `static_tokens` as `max_num_batched_tokens`."""
@@ -87,6 +89,7 @@ def _paper(value_function: str, tokens: int = 512) -> System:
         placement="least_requests",
         budget=BudgetPolicy(kind=STATIC, static_tokens=tokens),
         order=OrderPolicy(value_function=value_function, relegation=NONE, pause_started=False),
+        hp_fill=0.0,
         hp_count=default_hp_count,
         offload=OffloadPolicy(),
         tickets=TicketPolicy(),
@@ -246,7 +249,7 @@ def simulate(
         router = PullingRouter(cluster, states, system.late_binding, order, system.tickets)
     else:
         policy = RouterPolicy(
-            placement=PlacementPolicy(name=system.placement),
+            placement=PlacementPolicy(name=system.placement, hp_fill=system.hp_fill),
             budget=budget,
             order=order,
             headroom=system.headroom,

@@ -123,7 +123,7 @@ class WorkerState:
     def ahead(self, now_s: float) -> Ahead:
         """Return what a request that moves there would wait for."""
         self.running(now_s)
-        return newcomer_ahead(self.view, self._budget, self.pace)
+        return newcomer_ahead(self.view, self._budget, now_s, self.pace)
 
     def add(self, request: QueuedRequest) -> None:
         """Count a request that is about to be sent there."""

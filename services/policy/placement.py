@@ -22,6 +22,9 @@ class PlacementPolicy:
     """prefix_affine leaves the owner once its first token is predicted this much later than the best other's."""
     tbt_fill: float = 0.65
     """tbt_bins leaves the like once the first token is predicted later than this share of the TTFT objective."""
+    hp_fill: float = 1.0
+    """HPs take arrivals beside the others while the first token is predicted within this share of the tightest TTFT
+    objective around: so much room is left for requests that would miss elsewhere. 0: they take no arrivals."""
     compared: int = 16
     """Most instances that are predicted for one request; of more, so many are drawn at random, so that the cost of a
     placement does not grow with the cluster. Not for round_robin and least_requests, which predict nothing."""
@@ -31,8 +34,14 @@ class PlacementPolicy:
     def __post_init__(self) -> None:
         if self.name not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.name!r}")
+        if not 0 <= self.hp_fill <= 1:
+            raise ValueError(f"hp_fill must be from 0 to 1, got {self.hp_fill:g}")
         if self.compared < 2:
             raise ValueError(f"compared must be at least 2, got {self.compared}")
+
+
+_FORGETTING = 1.01
+"""Factor by which the tightest objective grows with each arrival."""
 
 
 @dataclass(slots=True)
@@ -41,6 +50,8 @@ class PlacementState:
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     turn: int = 0
+    tightest_ttft_s: float = math.inf
+    """Of the objectives lately; one that is not asked for again is forgotten over some hundred arrivals."""
     owners: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """Prefix key to worker id, least recently used first."""
 
@@ -85,25 +96,28 @@ def place(
     affinity_key: str = "",
     predict: Callable[[InstanceView, QueuedRequest, BudgetPolicy], float] = queue_ttft_s,
 ) -> Placement:
-    """Choose the instance of a new request among those that take arrivals: LP and unified ones, HP only alone.
+    """Choose the instance of a new request among those that take arrivals: LP and unified ones, and HPs with room.
+
+    An HP that takes a request on its arrival spares it what a ticket costs: the rest of its LP's step.
 
     Args:
         affinity_key: identifies the prefix or session for prefix_affine; empty: none.
         predict: seconds to a request's first token on an instance; a caller may pass one that remembers.
     """
+    state.tightest_ttft_s = min(request.slo.ttft_s, state.tightest_ttft_s * _FORGETTING)
     arrivals = any(view.role is not Role.HIGH and not view.draining for view in views)
     fresh = any(_usable(view, arrivals) and view.report_age_s <= policy.stale_s for view in views)
     candidates = []
-    open_views = []
+    open_views: _Open = []
     for view in _compared(views, policy, state, affinity_key, arrivals, fresh):
         candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
         candidates.append(candidate)
         if view.draining:
             candidate.excluded = "draining"
-        elif not _usable(view, arrivals):
-            candidate.excluded = "HP takes offloads and tickets only"
-        elif fresh and view.report_age_s > policy.stale_s:
+        elif (fresh or _is_reserve(view, arrivals)) and view.report_age_s > policy.stale_s:
             candidate.excluded = "its report is stale"
+        elif _is_reserve(view, arrivals) and candidate.ttft_s > policy.hp_fill * state.tightest_ttft_s:
+            candidate.excluded = "HP keeps its room for offloads"
         else:
             open_views.append((view, candidate))
     if not open_views:
@@ -123,7 +137,12 @@ def _compared(
     """Return the instances to predict: all, or of many that can be chosen some, the owner of the prefix among them."""
     if len(views) <= policy.compared or policy.name in (round_robin.__name__, least_requests.__name__):
         return views
-    able = [v for v in views if _usable(v, arrivals) and not (fresh and v.report_age_s > policy.stale_s)]
+    able = [
+        view
+        for view in views
+        if (_usable(view, arrivals) and not (fresh and view.report_age_s > policy.stale_s))
+        or (_is_reserve(view, arrivals) and policy.hp_fill > 0 and view.report_age_s <= policy.stale_s)
+    ]
     if len(able) <= policy.compared:
         return able or views
     owner = state.owners.get(affinity_key) if affinity_key else None
@@ -132,7 +151,12 @@ def _compared(
 
 
 def _usable(view: InstanceView, arrivals: bool) -> bool:
-    return not view.draining and (view.role is not Role.HIGH or not arrivals)
+    return not view.draining and not _is_reserve(view, arrivals)
+
+
+def _is_reserve(view: InstanceView, arrivals: bool) -> bool:
+    """Whether it is an HP beside instances that take arrivals."""
+    return arrivals and view.role is Role.HIGH and not view.draining
 
 
 _Open = list[tuple[InstanceView, PlacementCandidate]]

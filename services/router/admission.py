@@ -52,7 +52,7 @@ class Admission:
         waiting = held
         for link in links:
             view = self._placer.view(link, now_s)
-            ahead = newcomer_ahead(view, link.instance.budget)
+            ahead = newcomer_ahead(view, link.instance.budget, now_s)
             ahead.work_s += ahead.pace.token_s * (held_tokens // len(links))
             estimates.append(ahead.estimate(queued))
             waiting += len(view.queue)

@@ -10,7 +10,7 @@ from services.policy.admission import AdmissionPolicy
 from services.policy.kv_move import KvMovePolicy
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
-from services.policy.placement import PLACEMENTS
+from services.policy.placement import PLACEMENTS, PlacementPolicy
 from services.policy.quotas import Quota
 from services.policy.relief import ReliefPolicy
 from services.policy.roles import RolePolicy
@@ -139,6 +139,10 @@ class RouterConfig:
         "tbt_bins",
         f"rule that places a new request: {', '.join(PLACEMENTS)}; or {LATE}: workers draw it when they have room",
     )
+    hp_fill: float = option(
+        PlacementPolicy().hp_fill,
+        "HP takes arrivals predicted within this share of their TTFT objective, the rest is for offloads; 0: none",
+    )
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
     rescue: bool = option(True, "move waiting requests between LP or unified workers before they miss their objective")
     relief: bool = option(True, "move running streams before their worker breaks their TBT objective")
@@ -192,6 +196,7 @@ class RouterConfig:
                 raise ValueError(f"tenants.{name}: slo-classes has no class {unknown[0]!r}")
         if self.placement != LATE and self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, {LATE}, got {self.placement!r}")
+        PlacementPolicy(hp_fill=self.hp_fill)
         at_least_one = ("max_live_requests", "max_text_bytes", "max_unread_tokens", "default_max_tokens")
         for name in (*at_least_one, "session_max_requests", "encode_threads", "encode_queue", "breaker_failures"):
             if getattr(self, name) < 1:

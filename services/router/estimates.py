@@ -1,6 +1,6 @@
 """Predictions of a request's first token from an instance's view; used to place, offload, admit and explain."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import (
@@ -25,10 +25,30 @@ class Ahead:
     work_s: float
     """Prefill work that is served before a newcomer, in seconds."""
     running: StepInProgress
+    now_s: float = 0.0
+    others: list[tuple[float, float]] = field(default_factory=list)
+    """(deadline, work in seconds) of those that a newcomer may overtake if they still make it; first deadline first."""
 
     def estimate(self, request: QueuedRequest) -> TtftEstimate:
-        """Predict the request's first token if it were sent there now."""
-        return self.running.newcomer(self.pace, self.work_s, self._work_s(request), self.hop_s)
+        """Predict the request's first token if it were sent there now.
+
+        It overtakes those with later deadlines unless one of them would miss for it: then it waits behind all.
+        """
+        own_s = self._work_s(request)
+        before_s = self.work_s + sum(work_s for deadline_s, work_s in self.others if deadline_s <= request.deadline_s)
+        if self._harms(before_s, own_s, request.deadline_s):
+            before_s = self.work_s + sum(work_s for _, work_s in self.others)
+        return self.running.newcomer(self.pace, before_s, own_s, self.hop_s)
+
+    def _harms(self, before_s: float, own_s: float, deadline_s: float) -> bool:
+        """Return whether a newcomer makes somebody miss who is served after it."""
+        for other_s, work_s in self.others:
+            if other_s > deadline_s:
+                before_s += work_s
+                room_s = self.pace.work_within_s(other_s - self.now_s - self.running.left_s)
+                if before_s <= room_s < before_s + own_s:
+                    return True
+        return False
 
     def take(self, request: QueuedRequest) -> None:
         """Count a request that was decided to go there."""
@@ -38,11 +58,19 @@ class Ahead:
         return self.pace.work_s(request.prompt_tokens)  # it starts from nothing there
 
 
-def urgent_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
-    """Return what is served before a new urgent request: what has started, and other urgent requests."""
+def urgent_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
+    """Return what is served before a new urgent request: what has started or is urgent, and earlier deadlines."""
     pace = pace or instance_pace(view, budget)
-    work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or queued.urgent)
-    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
+    work_s = 0.0
+    others = []
+    for queued in view.queue:
+        own_s = pace.remaining_work_s(queued)
+        if queued.started or queued.urgent:
+            work_s += own_s
+        elif not queued.relegated:
+            others.append((queued.deadline_s, own_s))
+    others.sort()
+    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace), now_s, others)
 
 
 def kept_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
@@ -52,13 +80,15 @@ def kept_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | Non
     return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
 
 
-def newcomer_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
+def newcomer_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
     """Return what a request that comes now waits for: on HP it comes as urgent.
 
     Args:
         pace: the instance's; None: computed here.
     """
-    return (urgent_ahead if view.role is Role.HIGH else kept_ahead)(view, budget, pace)
+    if view.role is Role.HIGH:
+        return urgent_ahead(view, budget, now_s, pace)
+    return kept_ahead(view, budget, pace)
 
 
 def backlog_s(view: InstanceView, budget: BudgetPolicy) -> float:

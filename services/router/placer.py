@@ -28,7 +28,8 @@ class Placer:
     ) -> None:
         self.predictions = predictions
         self._links = links
-        self._policy = PlacementPolicy() if config.placement == LATE else PlacementPolicy(name=config.placement)
+        name = PlacementPolicy().name if config.placement == LATE else config.placement
+        self._policy = PlacementPolicy(name=name, hp_fill=config.hp_fill)
         self._default_budget = config.budget_policy
         self._state = PlacementState()
         self._orders: dict[tuple[str, str], OrderPolicy] = {}

@@ -97,7 +97,7 @@ class _Targets:
         ahead = self._ahead.get(link.worker_id)
         if ahead is None:
             view = self._dispatcher.placer.view(link, self._now_s)
-            ahead = self._ahead[link.worker_id] = newcomer_ahead(view, link.instance.budget)
+            ahead = self._ahead[link.worker_id] = newcomer_ahead(view, link.instance.budget, self._now_s)
         return ahead
 
 
@@ -282,7 +282,7 @@ class Rebalancer:
         self._withdraw(queue.link, [Transfer(placed, "ticket", "an HP worker has room", target, numbers)])
 
     def _newcomer_ahead(self, link: WorkerLink, now_s: float) -> Ahead:
-        return newcomer_ahead(self._dispatcher.placer.view(link, now_s), link.instance.budget)
+        return newcomer_ahead(self._dispatcher.placer.view(link, now_s), link.instance.budget, now_s)
 
     def _may_leave(self, queue: _Queue, queued: QueuedRequest) -> bool:
         """Started requests stay in the list: they take their part of the next step."""

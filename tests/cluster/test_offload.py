@@ -40,7 +40,7 @@ async def pair_by_pair(client: AsyncClient, prompts: Sequence[tuple[int, ...]]) 
 async def test_requests_at_risk_are_offloaded_once(site: Site, tokenizer: Tokenizer) -> None:
     """In a burst of long prompts some leave LP for HP in time; every token is computed once and is the right one."""
     prompts = random_prompts(16, (5000, 7000), seed=21, vocab_size=VOCAB_SIZE)
-    router = site.router(WORKERS, tickets=False, rescue=False)
+    router = site.router(WORKERS, tickets=False, rescue=False, hp_fill=0.0)
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(running(router, workers=3))
         observers = [
@@ -86,7 +86,7 @@ async def test_requests_at_risk_are_offloaded_once(site: Site, tokenizer: Tokeni
 async def test_an_idle_hp_draws_work_by_tickets(site: Site, tokenizer: Tokenizer) -> None:
     """Where nothing is at risk, an idle HP still takes waiting LP requests, on tickets."""
     prompts = random_prompts(12, (3000, 4000), seed=22, vocab_size=VOCAB_SIZE)
-    router = site.router(WORKERS, offload=False, rescue=False)
+    router = site.router(WORKERS, offload=False, rescue=False, hp_fill=0.0)
     async with running(router, workers=3) as client:
         recordings = await burst(client, prompts, Slo(ttft_ms=30_000, tbt_ms=200))
         counters = (await client.status()).counters

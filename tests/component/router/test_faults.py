@@ -238,7 +238,7 @@ async def test_requests_at_risk_are_offloaded(tokenizer_directory: Path) -> None
     low = ScriptedWorker("low", role=Role.LOW, policy=worker_pb2.SchedulingPolicy(value_function="fcfs"))
     high = ScriptedWorker("high", role=Role.HIGH)
     low.hold = True
-    async with cluster(tokenizer_directory, low, high, tickets=False) as router:
+    async with cluster(tokenizer_directory, low, high, tickets=False, hp_fill=0.0) as router:
         slow = [asyncio.create_task(router.collect(long_request())) for _ in range(6)]
         await until(lambda: len(low.submitted) == 6)
         request = text_request(max_tokens=5, request_id="saved")
@@ -265,7 +265,7 @@ async def test_idle_hp_takes_work_on_tickets(tokenizer_directory: Path) -> None:
     """With a backlog on LP and nothing urgent, HP draws waiting requests."""
     low, high = ScriptedWorker("low", role=Role.LOW), ScriptedWorker("high", role=Role.HIGH)
     low.hold = True
-    async with cluster(tokenizer_directory, low, high, offload=False) as router:
+    async with cluster(tokenizer_directory, low, high, offload=False, hp_fill=0.0) as router:
         text = "word " * 300
         tasks = [asyncio.create_task(router.collect(text_request(text, max_tokens=5))) for _ in range(12)]
         await until(lambda: len(high.submitted) >= 2)

@@ -79,7 +79,7 @@ async def test_an_offload_is_an_event_and_a_new_attempt(tokenizer_directory: Pat
     low.hold = True
     async with (
         collector("127.0.0.1:0") as (spans, endpoint),
-        cluster(tokenizer_directory, low, high, otlp_endpoint=endpoint, tickets=False) as router,
+        cluster(tokenizer_directory, low, high, otlp_endpoint=endpoint, tickets=False, hp_fill=0.0) as router,
     ):
         patient = common_pb2.Slo(ttft_ms=600_000)
         backlog = [

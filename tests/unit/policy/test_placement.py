@@ -1,10 +1,12 @@
 """Placement of new requests."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.policy.placement import PLACEMENTS, PlacementPolicy, PlacementState, place
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
-from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.step_time import A100_LLAMA3_8B, StepShape
 from services.policy.token_budget import BudgetPolicy
 
 SLO = Slo(ttft_s=2.0, tbt_s=0.1)
@@ -94,10 +96,10 @@ def test_owners_are_bounded() -> None:
 
 @pytest.mark.parametrize("name", sorted(PLACEMENTS))
 def test_hp_draining_and_stale_instances_are_excluded_with_the_reason(name: str) -> None:
-    """Arrivals go to LP; HP only when there is nothing else; draining never; stale only alone."""
+    """Draining never; stale only alone; HP not when it has little room left, but when there is nothing else."""
     views = [
         instance("lp", 9),
-        instance("hp", role=Role.HIGH),
+        instance("hp", 40, role=Role.HIGH),
         instance("draining", draining=True),
         instance("stale", report_age_s=5.0),
     ]
@@ -114,6 +116,41 @@ def test_hp_draining_and_stale_instances_are_excluded_with_the_reason(name: str)
     assert chosen(name, [views[2]]) is None
 
 
+def test_hp_takes_arrivals_while_it_keeps_room_for_offloads() -> None:
+    """Beside LPs it takes what it would serve within a share of the tightest objective around; 0 stands for never."""
+
+    def to_hp(lp: int, hp: int, policy: PlacementPolicy, *, tight: bool = False) -> bool:
+        views, state = [instance("lp", lp), instance("hp", hp, role=Role.HIGH)], PlacementState()
+        if tight:
+            urgent = replace(NEW, slo=Slo(ttft_s=SLO.ttft_s / 8, tbt_s=SLO.tbt_s))
+            place(urgent, views, policy, state, BudgetPolicy())
+        return place(NEW, views, policy, state, BudgetPolicy()).worker_id == "hp"
+
+    work_s = A100_LLAMA3_8B.step_s(StepShape(1000, 0, 0))
+    half = int(0.5 * SLO.ttft_s / work_s)
+    assert to_hp(half + 2, half, PlacementPolicy())
+    assert not to_hp(half, half + 2, PlacementPolicy())
+    assert not to_hp(2 * half + 4, 2 * half + 2, PlacementPolicy())
+    assert not to_hp(half + 2, half, PlacementPolicy(hp_fill=0.4))
+    assert not to_hp(half + 2, half, PlacementPolicy(), tight=True)
+    assert not to_hp(half, 0, PlacementPolicy(hp_fill=0.0))
+
+
+def test_a_tight_objective_is_forgotten() -> None:
+    """One request with a tight objective does not keep HP from arrivals for ever."""
+    views, state = [instance("lp", 9), instance("hp", 2, role=Role.HIGH)], PlacementState()
+    place(replace(NEW, slo=Slo(ttft_s=0.02, tbt_s=0.1)), views, PlacementPolicy(), state, BudgetPolicy())
+    taken = [place(NEW, views, PlacementPolicy(), state, BudgetPolicy()).worker_id for _ in range(500)]
+    assert taken[0] == "lp"
+    assert taken[-1] == "hp"
+
+
+def test_a_stale_hp_takes_no_arrivals() -> None:
+    """It is no way out of stale LPs either: they are used when there is nobody else."""
+    views = [instance("lp", 3, report_age_s=5.0), instance("hp", role=Role.HIGH, report_age_s=5.0)]
+    assert chosen("least_predicted_work", views) == "lp"
+
+
 def test_unknown_policies_are_refused() -> None:
     """The error lists the names there are."""
     with pytest.raises(ValueError, match="round_robin"):
@@ -124,7 +161,7 @@ def test_unknown_policies_are_refused() -> None:
 def test_of_many_instances_some_are_compared(name: str) -> None:
     """Placement predicts at most so many, spreads over all, and never chooses one that cannot be."""
     views = [instance(f"w{i:02d}", i % 3, draining=i == 0, role=Role.HIGH if i == 1 else Role.LOW) for i in range(40)]
-    policy, state = PlacementPolicy(name=name), PlacementState()
+    policy, state = PlacementPolicy(name=name, hp_fill=0.0), PlacementState()
     found = [place(NEW, views, policy, state, BudgetPolicy(), f"s{i}") for i in range(200)]
     if name not in ("round_robin", "least_requests"):
         assert all(len(placement.candidates) <= policy.compared for placement in found)

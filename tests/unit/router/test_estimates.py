@@ -1,0 +1,65 @@
+"""What a request would wait for elsewhere, and what its coming does to those who wait there."""
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from services.policy.prefill import instance_pace
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
+from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.token_budget import BudgetPolicy
+from services.router.estimates import newcomer_ahead
+
+BUDGET = BudgetPolicy()
+PACE = instance_pace(InstanceView(worker_id="idle", role=Role.HIGH, model=A100_LLAMA3_8B), BUDGET)
+NOW_S = 100.0
+
+
+def waiting(name: str, tokens: int, left_s: float, **state: bool) -> QueuedRequest:
+    """Return a request whose deadline is `left_s` from now."""
+    slo = Slo(ttft_s=left_s, tbt_s=0.1)
+    return QueuedRequest(request_id=name, arrival_s=NOW_S, prompt_tokens=tokens, slo=slo, **state)
+
+
+def made(queue: list[QueuedRequest]) -> set[str]:
+    """Return who makes it, served in the order of deadlines."""
+    ends, work_s = set(), 0.0
+    for request in sorted(queue, key=lambda one: one.deadline_s):
+        work_s += PACE.remaining_work_s(request)
+        if PACE.finish_s(work_s) <= request.deadline_s - NOW_S:
+            ends.add(request.request_id)
+    return ends
+
+
+requests = st.tuples(st.integers(1, 4000), st.floats(0.05, 3.0))
+
+
+@given(st.lists(requests, max_size=8), requests)
+def test_who_is_told_that_it_makes_it_on_hp_harms_nobody(
+    queue: list[tuple[int, float]], newcomer: tuple[int, float]
+) -> None:
+    """A newcomer whose estimate keeps its deadline does keep it, and all who made it before still do."""
+    present = [waiting(f"q{index}", *one) for index, one in enumerate(queue)]
+    view = InstanceView(worker_id="hp", role=Role.HIGH, model=A100_LLAMA3_8B, queue=present)
+    comes = waiting("new", *newcomer)
+    estimate = newcomer_ahead(view, BUDGET, NOW_S).estimate(comes)
+    assume(estimate.mean_s <= comes.slo.ttft_s)
+    assert made([*present, comes]) >= made(present) | {"new"}
+
+
+def test_a_newcomer_overtakes_on_hp_those_who_can_wait() -> None:
+    """Later deadlines wait for it if they still make it, relegated ones always, urgent and started ones never."""
+    long_s = PACE.finish_s(PACE.work_s(2000))
+    comes = waiting("new", 500, long_s)
+
+    def wait_s(role: Role, *queue: QueuedRequest) -> float:
+        view = InstanceView(worker_id="w", role=role, model=A100_LLAMA3_8B, queue=list(queue))
+        return newcomer_ahead(view, BUDGET, NOW_S).estimate(comes).mean_s
+
+    alone_s = wait_s(Role.HIGH)
+    patient, hurried = waiting("patient", 2000, 60.0), waiting("hurried", 2000, 1.05 * long_s)
+    assert wait_s(Role.HIGH, patient) == alone_s
+    assert wait_s(Role.HIGH, waiting("given up", 2000, 0.1, relegated=True)) == alone_s
+    assert wait_s(Role.HIGH, hurried) > alone_s
+    for state in ("urgent", "started"):
+        assert wait_s(Role.HIGH, waiting(state, 2000, 60.0, **{state: True})) > alone_s
+    assert wait_s(Role.LOW, patient) > alone_s
