@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from services.policy.step_time import StepTimeBin, StepTimeModel
-from tests.cluster.load import Case, random_prompts
 from tests.support.cluster import Site
+from tests.support.load import Case, random_prompts
 from tests.support.tiny_model import VOCAB_SIZE
 from tests.support.worker_process import REPOSITORY, cpu_worker, emulated_worker
 
@@ -53,7 +53,7 @@ def corpus_in_making(tiny_model: Path) -> "Iterator[Future[Corpus]]":
 def site(tiny_model: Path, corpus_in_making: "Future[Corpus]") -> Iterator[Site]:
     """Workers, restarted by their fleet when they end, and a predictor; tests leave them as they found them.
 
-    "cpu-lp" and "cpu-hp" run the tiny model; "lp-0" to "lp-2" and "hp" are emulated; so is "slow", with long steps.
+    "cpu-lp" and "cpu-hp" run the tiny model; "lp-0", "lp-1" and "hp" are emulated; so is "slow", with long steps.
     "traced-0" and "traced-1", emulated too, send their spans to the socket SPANS, where a test may listen.
     """
     emulated = {"vocab_size": VOCAB_SIZE, "served_model_name": "tiny", "drain_timeout_s": 1.5}
@@ -72,7 +72,6 @@ def site(tiny_model: Path, corpus_in_making: "Future[Corpus]") -> Iterator[Site]
             "cpu-hp": cpu_worker(tiny_model, role="high", **real),
             "lp-0": emulated_worker(role="low", **emulated),
             "lp-1": emulated_worker(role="low", **emulated),
-            "lp-2": emulated_worker(role="low", **emulated),
             "hp": emulated_worker(role="high", **emulated),
             "slow": emulated_worker(role="low", step_time_profile=str(profile), max_num_seqs=600, **emulated),
             "traced-0": emulated_worker(**spans, **emulated),

@@ -23,8 +23,8 @@ from services.router.dispatcher import Dispatcher
 from services.router.mailbox import Sink
 from services.router.request import LiveRequest
 from services.router.text import TextCodec
-from tests.cluster.load import random_prompts
 from tests.support.attach_client import encode_ids
+from tests.support.load import random_prompts
 from tests.support.local_router import LocalRouter, local_router
 from tests.support.tiny_model import shared_tiny_model
 from tests.support.worker_process import WorkerFleet, cpu_worker

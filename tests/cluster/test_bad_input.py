@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from ascendra.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.common.channels import open_channel
 from tests.cluster.conftest import Corpus
-from tests.cluster.load import Recording
 from tests.support.cluster import Site, running
+from tests.support.load import Recording
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

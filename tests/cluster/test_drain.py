@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from ascendra import AscendraError, AsyncClient, RetryPolicy
-from tests.cluster.load import Case, Load, Recording, Source, by_worker, random_prompts, undisturbed
 from tests.support.cluster import Site, attached, running
+from tests.support.load import Case, Load, Recording, Source, by_worker, random_prompts, undisturbed
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

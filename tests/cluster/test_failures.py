@@ -16,8 +16,8 @@ from ascendra import AscendraError, AsyncClient, RetryPolicy, SamplingParams, Un
 from ascendra.v1 import cluster_pb2, predictor_pb2, predictor_pb2_grpc
 from bench.live.faults import nonsense_steps
 from tests.cluster.conftest import Corpus
-from tests.cluster.load import Case, Load, Recording, random_prompts, undisturbed
 from tests.support.cluster import Service, Site, attached, running, until
+from tests.support.load import Case, Load, Recording, random_prompts, undisturbed
 from tests.support.tiny_model import VOCAB_SIZE
 from tests.support.worker_process import is_running
 

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.cluster.conftest import Corpus
-from tests.cluster.load import Recording
 from tests.support.cluster import Site, attached, running, until
+from tests.support.load import Recording
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -5,8 +5,8 @@ import contextlib
 
 import pytest
 
-from tests.cluster.load import PATIENT, Case, Recording, Source, random_prompts
 from tests.support.cluster import Site, running
+from tests.support.load import PATIENT, Case, Recording, Source, random_prompts
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

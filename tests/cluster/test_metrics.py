@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from ascendra import AscendraError, AsyncClient, SamplingParams
-from tests.cluster.load import Case, Recording, random_prompts
 from tests.support.cluster import Site, running
 from tests.support.gateway_process import GatewayProcess
+from tests.support.load import Case, Recording, random_prompts
 from tests.support.scrape import Scrape
 from tests.support.tiny_model import VOCAB_SIZE
 from tools.reference.metrics import SERVICES, metrics_of

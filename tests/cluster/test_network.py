@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer
 
-from tests.cluster.load import Load, random_prompts, undisturbed
 from tests.support.cluster import Site, attached, running
 from tests.support.fault_proxy import FaultProxy, proxies
+from tests.support.load import Load, random_prompts, undisturbed
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from ascendra import AsyncClient, Role, Slo
-from tests.cluster.load import Case, Recording, random_prompts
 from tests.support.attach_client import AttachClient
 from tests.support.cluster import Site, running
+from tests.support.load import Case, Recording, random_prompts
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from ascendra import Slo
-from tests.cluster.load import Recording, random_prompts, undisturbed
 from tests.support.cluster import Site, running
+from tests.support.load import Recording, random_prompts, undisturbed
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from ascendra import SamplingParams
 from tests.cluster.conftest import Corpus
-from tests.cluster.load import Case, Recording, Source
 from tests.support.cluster import Site, running, until
+from tests.support.load import Case, Recording, Source
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 

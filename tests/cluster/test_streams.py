@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.cluster.conftest import Corpus
-from tests.cluster.load import PATIENT, Recording, Source, random_prompts
 from tests.support.attach_client import AttachClient
 from tests.support.cluster import Site, running
+from tests.support.load import PATIENT, Recording, Source, random_prompts
 from tests.support.tiny_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]

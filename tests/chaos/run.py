@@ -1,6 +1,6 @@
 """Streams against a cluster whose processes are killed, stopped, cut off and restarted at random.
 
-`python -m tests.cluster.chaos --out bench/results/chaos.json` disturbs 8 workers under 300 streams every 10 s for 10
+`python -m tests.chaos.run --out bench/results/chaos.json` disturbs 8 workers under 300 streams every 10 s for 10
 minutes, and kills one of two routers every minute. It prints what happened and exits with 1 if anything was lost,
 repeated, reordered, wrong or hung, or a stream ended without a finish reason.
 """
@@ -26,9 +26,9 @@ from tokenizers import Tokenizer
 
 from ascendra import AsyncClient, Slo
 from services.policy.step_time import StepTimeBin, StepTimeModel
-from tests.cluster.load import Load, Recording, random_prompts, undisturbed
 from tests.support.cluster import Service, Site, attached, running
 from tests.support.fault_proxy import FaultProxy, proxies
+from tests.support.load import Load, Recording, random_prompts, undisturbed
 from tests.support.tiny_model import VOCAB_SIZE, shared_tiny_model
 from tests.support.worker_process import emulated_worker
 
@@ -37,7 +37,7 @@ TOKENS = (10, 200)
 AWAY_S = 3.0
 """How long a worker is stopped or cut off; longer than it takes to be noticed."""
 STEP_S = 0.1
-"""Of the workers that the command starts: 300 streams then are 3,000 tokens a second."""
+"""Of the emulated workers, unless told otherwise: 300 streams then are 3,000 tokens a second."""
 OBJECTIVE = Slo(ttft_ms=20_000, tbt_ms=1000)
 KINDS = ("kill front end", "kill engine core", "stop", "cut off", "restart")
 _SAMPLE_S = 1.0
@@ -231,10 +231,10 @@ def _quantile(ordered: list[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
-def start_site(directory: Path, workers: int) -> tuple[Site, list[str]]:
-    """Start emulated workers with steps of STEP_S, one in four of them HP; return the site and their ids."""
+def start_site(directory: Path, workers: int, step_s: float = STEP_S) -> tuple[Site, list[str]]:
+    """Start emulated workers, one in four of them HP; return the site and their ids."""
     ids = [f"worker-{number}" for number in range(workers)]
-    steady = StepTimeModel((StepTimeBin(0, a0=STEP_S, a2=2e-5),), source="steady")
+    steady = StepTimeModel((StepTimeBin(0, a0=step_s, a2=2e-5),), source="steady")
     profile = directory / "steady.json"
     profile.write_text(json.dumps(steady.to_dict()))
     common = {"vocab_size": VOCAB_SIZE, "served_model_name": "tiny", "drain_timeout_s": 1.5}
@@ -253,7 +253,7 @@ def start_site(directory: Path, workers: int) -> tuple[Site, list[str]]:
 
 def main() -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.run", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to disturb")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--routers", type=int, default=2)
