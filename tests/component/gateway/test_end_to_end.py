@@ -14,7 +14,7 @@ from ascendra import AsyncClient, Message, SamplingParams
 from tests.support.cluster import attached
 from tests.support.gateway_process import GatewayProcess
 from tests.support.router_process import RouterProcess
-from tests.support.worker_process import WorkerFleet
+from tests.support.worker_process import WorkerFleet, cpu_worker
 
 pytestmark = pytest.mark.engine
 
@@ -42,11 +42,14 @@ class Clients:
 
 
 @pytest.fixture(scope="module")
-def addresses(fleet: WorkerFleet, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
-    """A router in front of the real worker, and a gateway in front of that."""
+def addresses(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+    """A router in front of a real worker, and a gateway in front of that."""
     directory = tmp_path_factory.mktemp("gateway")
-    router = RouterProcess(directory, model=tiny_model, model_name="tiny", workers=[fleet.address("cpu")])
-    with router, GatewayProcess(directory / "gateway.log", [router.address]) as gateway:
+    with (
+        WorkerFleet(directory, {"cpu": cpu_worker(tiny_model)}) as fleet,
+        RouterProcess(directory, model=tiny_model, model_name="tiny", workers=[fleet.address("cpu")]) as router,
+        GatewayProcess(directory / "gateway.log", [router.address]) as gateway,
+    ):
         yield Addresses(gateway.address, router.address, router.http)
 
 
