@@ -28,8 +28,8 @@ up: setup ## Start a cluster on this machine and leave it running until Ctrl-C
 	$(BIN)/ascendra up
 
 # One process a part: gRPC allows one event loop a process for long, and each test has its own. The longest come first.
-PARTS := cluster chaos component/worker unit component/router component/gateway component/security component/simulator \
-  component/sdk component/predictor
+PARTS := cluster chaos component/worker unit component/router component/gateway component/security component/sdk \
+  component/predictor
 # Children are always new programs, never forks that go on using gRPC; its fork handlers have crashed long test runs.
 TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
 # Most tests wait more than they compute: three parts at a time, each printed whole when it ends.
