@@ -4,7 +4,12 @@ import json
 import os
 import sys
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    OMP_NUM_THREADS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    TORCH_COMPILE_DISABLE="1",  # as in a worker
+)
 
 from vllm import LLM, SamplingParams
 
