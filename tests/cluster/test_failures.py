@@ -154,8 +154,9 @@ async def test_kill_of_a_worker_moves_its_streams(
         for case, recording in zip(corpus.long, recordings, strict=True):
             recording.check(case.expected, tokenizer)
         moved = [recording for recording in recordings if recording.moved_running]
-        assert moved
-        assert all(recording.workers[-1] == "cpu-hp" for recording in moved)
+        lost = [recording for recording in moved if recording.workers[0] == "cpu-lp"]
+        assert lost
+        assert all(recording.workers[1] == "cpu-hp" for recording in lost)
         assert (await client.status()).counters["moves"] >= len(moved)
         await until(lambda: not any(is_running(pid) for pid in processes), "the end of its processes")
         await site.restarted("cpu-lp", old_pid)

@@ -167,18 +167,19 @@ async def test_role_changes_while_running(fleet: WorkerFleet) -> None:
 async def test_hp_admits_no_more_than_its_gaps_allow(fleet: WorkerFleet) -> None:
     """In the HP role residents are capped so that steps stay within the TBT objective; elsewhere they are not."""
 
-    async def most_resident(client: AttachClient) -> int:
+    async def most_resident(client: AttachClient, max_tokens: int) -> int:
         first = len(client.telemetry)
-        streams = [client.submit(prompt(20), max_tokens=20, ttft_ms=60_000, tbt_ms=22) for _ in range(24)]
+        streams = [client.submit(prompt(20), max_tokens=max_tokens, ttft_ms=60_000, tbt_ms=22) for _ in range(24)]
         await finish(*streams)
         return max(step.running for step in client.telemetry[first:])
 
     async with AttachClient(fleet.address("emulated")) as client:
-        assert await most_resident(client) >= 18
+        # Long enough that all are there at once, also where late steps leave little room for prefills.
+        assert await most_resident(client, max_tokens=80) >= 18
         client.send(worker_pb2.AttachRequest(set_role=worker_pb2.SetRole(role=common_pb2.ROLE_HIGH_PRIORITY)))
         await client.until(lambda: len(client.of_kind("role_changed")) == 1)
         try:
-            assert await most_resident(client) <= 14
+            assert await most_resident(client, max_tokens=20) <= 14
         finally:
             client.send(worker_pb2.AttachRequest(set_role=worker_pb2.SetRole(role=common_pb2.ROLE_UNIFIED)))
             await client.until(lambda: len(client.of_kind("role_changed")) == 2)
