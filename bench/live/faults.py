@@ -22,8 +22,10 @@ async def disturb_predictor(fault: str, pid: int, address: str, worker_ids: Sequ
 
     Args:
         fault: "killed" (SIGKILL), "paused" (SIGSTOP, until cancelled) or "nonsense" (steps that cannot be, and some a
-            hundred times too long, in the workers' names, until cancelled).
+            hundred times too long, in the workers' names, until cancelled); empty: none.
     """
+    if not fault:
+        return
     await asyncio.sleep(FAULT_AFTER_S)
     match fault:
         case "killed":

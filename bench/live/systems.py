@@ -138,13 +138,11 @@ async def running_system(system: System, workers: Workers, *, seed: int) -> Asyn
         }
         address, _ = await processes.start_service("services.router", router)
         async with asyncio.TaskGroup() as tasks:
-            if system.predictor_fault:
-                names = [config["worker-id"] for config in configs]
-                fault = disturb_predictor(system.predictor_fault, predictor_pid, predictor, names)
-                disturbing = tasks.create_task(fault)
+            names = [config["worker-id"] for config in configs]
+            fault = disturb_predictor(system.predictor_fault, predictor_pid, predictor, names)
+            disturbing = tasks.create_task(fault)
             yield RunningSystem(address, predictor)
-            if system.predictor_fault:
-                disturbing.cancel()
+            disturbing.cancel()
 
 
 def _worker_config(system: System, workers: Workers, index: int, predictor: str, seed: int) -> dict[str, Any]:

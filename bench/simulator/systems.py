@@ -38,7 +38,7 @@ class System:
     summary: str
     placement: str = "least_predicted_work"
     hp_fill: float = 1.0
-    """As in PlacementPolicy."""
+    """As in PlacementPolicy; 0 under `roles`, as in the router."""
     budget: BudgetPolicy = _DYNAMIC
     order: OrderPolicy | None = _EDF_MH
     """None: stock vLLM, in order of arrival, with the budget's `static_tokens` as `max_num_batched_tokens`."""
@@ -249,7 +249,7 @@ def simulate(
         router = PullingRouter(cluster, states, system.late_binding, order, system.tickets)
     else:
         policy = RouterPolicy(
-            placement=PlacementPolicy(name=system.placement, hp_fill=system.hp_fill),
+            placement=PlacementPolicy(name=system.placement, hp_fill=0.0 if system.roles else system.hp_fill),
             budget=budget,
             order=order,
             headroom=system.headroom,

@@ -29,7 +29,8 @@ class Placer:
         self.predictions = predictions
         self._links = links
         name = PlacementPolicy().name if config.placement == LATE else config.placement
-        self._policy = PlacementPolicy(name=name, hp_fill=config.hp_fill)
+        # The pressure that elastic roles follow is that of HPs which serve nothing but what LPs would miss.
+        self._policy = PlacementPolicy(name=name, hp_fill=0.0 if config.elastic_roles else config.hp_fill)
         self._default_budget = config.budget_policy
         self._state = PlacementState()
         self._orders: dict[tuple[str, str], OrderPolicy] = {}

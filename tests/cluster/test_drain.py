@@ -21,14 +21,14 @@ WORKERS = ["lp-0", "lp-1", "hp"]
 
 async def cases(client: AsyncClient) -> list[Case]:
     """Return prompts of all lengths and their undisturbed completions."""
-    return await undisturbed(client, random_prompts(16, (20, 800), seed=31, vocab_size=VOCAB_SIZE), 160)
+    return await undisturbed(client, random_prompts(16, (20, 800), seed=31, vocab_size=VOCAB_SIZE), 300)
 
 
 async def test_rolling_restart_fails_nothing(site: Site, tokenizer: Tokenizer) -> None:
     """Every worker is told to stop under load, in turn: it exits with 0, comes back, and no request fails."""
     router = site.router(WORKERS)
     async with running(router, workers=3) as client, client.session() as session:
-        async with Load([client, session], await cases(client), tokenizer, streams=24, tokens=(10, 160)) as load:
+        async with Load([client, session], await cases(client), tokenizer, streams=24, tokens=(10, 300)) as load:
             for worker_id in WORKERS:
                 await load.further(10)
                 old_pid = site.fleet.pid(worker_id)
