@@ -48,11 +48,17 @@ class Processes:
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._folder.cleanup()
 
-    async def start_workers(self, configs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[int]]:
-        """Start a fleet of workers; return their addresses, in order, and the pids of all its processes."""
+    async def start_workers(
+        self, configs: Sequence[Mapping[str, Any]], *, niceness: int = 0
+    ) -> tuple[list[str], list[int]]:
+        """Start a fleet of workers; return their addresses, in order, and the pids of all its processes.
+
+        Args:
+            niceness: how much they give way to the other processes of this machine, 0 to 19.
+        """
         files = [self._write(config, f"worker-{index}.yaml") for index, config in enumerate(configs)]
         flags = [part for file in files for part in ("--worker", str(file))]
-        process, events = await self._start("services.worker.fleet", flags, ready=len(configs))
+        process, events = await self._start("services.worker.fleet", flags, ready=len(configs), niceness=niceness)
         addresses = {str(event["worker_id"]): str(event["address"]) for event in events}
         self.front_ends |= {str(event["worker_id"]): int(event["pid"]) for event in events}
         pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -70,12 +76,12 @@ class Processes:
         return file
 
     async def _start(
-        self, module: str, flags: list[str], *, ready: int
+        self, module: str, flags: list[str], *, ready: int, niceness: int = 0
     ) -> tuple[asyncio.subprocess.Process, list[dict[str, Any]]]:
         log_file = self.folder / f"{module}-{len(self._started)}.log"
         with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *tethered([sys.executable, "-m", module, *flags]),
+                *tethered(["nice", "-n", str(niceness), sys.executable, "-m", module, *flags]),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
