@@ -66,6 +66,7 @@ SYSTEMS: dict[str, System] = {
     "ascendra-no-rescue": System(router={"rescue": False}),
     "ascendra-no-tickets": System(router={"tickets": False}),
     "ascendra-static-512": System(worker={"token-budget": "static", "static-budget-tokens": 512}),
+    "ascendra-never-calm": System(worker={"calm-factor": 0}),
     "ascendra-no-relegation": System(worker={"relegation": "none"}),
     "ascendra-no-predictor": System(predictor=False),
     **{f"ascendra-predictor-{fault}": System(predictor_fault=fault) for fault in (KILLED, PAUSED, NONSENSE)},
@@ -87,7 +88,7 @@ TABLE = [
     *("vllm-rr-2048", "vllm-rr-768", "vllm-rr-640", "vllm-least-640", "vllm-work-768", "paper", "unified"),
     *("ascendra", "ascendra-2hp"),
     *("ascendra-late", "ascendra-late-split", "ascendra-no-offload", "ascendra-no-tickets", "ascendra-static-512"),
-    *("ascendra-no-relegation", "ascendra-no-predictor"),
+    *("ascendra-never-calm", "ascendra-no-relegation", "ascendra-no-predictor"),
     *(f"ascendra-predictor-{fault}" for fault in (KILLED, PAUSED, NONSENSE)),
     *(f"ascendra-{name}" for name in sorted(VALUE_FUNCTIONS) if f"ascendra-{name}" != DEFAULT_ORDER),
 ]

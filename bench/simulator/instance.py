@@ -7,6 +7,7 @@ from typing import cast
 
 from bench.simulator.engine import Engine, EngineConfig, Step
 from bench.simulator.request import SimRequest
+from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import prefill_pace
@@ -203,7 +204,8 @@ class Instance:
         head = ordered[:CHUNKS_CONSIDERED]
         chunks = [(request.prompt_tokens - request.computed_tokens, request.computed_tokens) for request in head]
         load = resident.load
-        prefill = prefill_budget(policy, self.model, load, resident.bound_s, chunks)
+        bound_s = calm_bound_s(policy, self.model, load, resident.bound_s, resident.tightest_s, ordered, (), now_s)
+        prefill = prefill_budget(policy, self.model, load, bound_s, chunks)
         if resident.partial and self._order is not None and self._order.pause_started:
             self._pause(ordered, prefill)
         return load.decodes + prefill

@@ -23,12 +23,16 @@ class BudgetPolicy:
     """Prefill tokens that a step gets even when the decodes leave no slack, so that prefill progresses."""
     delivery_s: float = 0.001
     """Part of each gap that passes outside the step: output processing and the way to the client."""
+    calm_factor: float = 2.0
+    """Steps stay shorter by this many times `delivery_s` while all who wait can afford it (policy.calm); 0: never."""
 
     def __post_init__(self) -> None:
         if self.kind not in (STATIC, DYNAMIC):
             raise ValueError(f'token_budget must be "static" or "dynamic", got {self.kind!r}')
         if min(self.static_tokens, self.max_tokens, self.floor_tokens) < 1:
             raise ValueError("static_tokens, max_tokens and floor_tokens must be at least 1")
+        if not self.calm_factor >= 0:
+            raise ValueError(f"calm_factor must be at least 0, got {self.calm_factor:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Configuration of a worker."""
 
 import json
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class WorkerConfig:
     value_function: str = option("edf", "order of waiting requests: fcfs, edf, llf, sjf, hybrid or hrrn")
     token_budget: Literal["static", "dynamic"] = option("dynamic", "how the tokens of a step are limited")
     static_budget_tokens: int = option(2048, "tokens of a step under the static budget")
+    calm_factor: float = option(
+        2.0, "dynamic steps stay shorter by so many times the delay on the way while all who wait have time; 0: never"
+    )
     relegation: Literal["none", "late", "moore_hodgson"] = option("moore_hodgson", "whom to give up in overload")
     max_live_requests: int = option(4096, "most unfinished requests; more are refused with a retryable status")
     predictor: str = option("", "address of the predictor; empty: none")
@@ -91,6 +95,8 @@ class WorkerConfig:
             raise ValueError(f"start-timeout-s must be above 0, got {self.start_timeout_s}")
         if self.kv_lease_s < 6:
             raise ValueError(f"kv-lease-s must be at least 6, got {self.kv_lease_s}")
+        if not 0 <= self.calm_factor < math.inf:
+            raise ValueError(f"calm-factor must be a finite number of at least 0, got {self.calm_factor}")
         if not self.model and self.engine != "emulated":
             raise ValueError(f"model must be set for the {self.engine} engine")
         gpus = self.tensor_parallel_size * self.pipeline_parallel_size
@@ -143,6 +149,7 @@ class WorkerConfig:
                 value_function=self.value_function,
                 token_budget=self.token_budget,
                 static_budget_tokens=self.static_budget_tokens,
+                calm_factor=self.calm_factor,
                 relegation=self.relegation,
             ),
         )

@@ -14,6 +14,7 @@ class PolicySettings:
     value_function: str = "edf"
     token_budget: str = "dynamic"
     static_budget_tokens: int = 512
+    calm_factor: float = 2.0
     relegation: str = "moore_hodgson"
 
     def to_dict(self) -> dict[str, Any]:

@@ -69,13 +69,13 @@ def test_a_late_decode_shortens_the_step() -> None:
 
 def test_a_slow_path_to_the_reader_shortens_the_step() -> None:
     """What routers measure is left free in every gap, also after a change of role, until the path is quick again."""
-    one, queue, running = planner(), [waiting("a", 5000)], decodes(16, 0.1)
+    one, queue, running = planner(calm_factor=0), [waiting("a", 5000)], decodes(16, 0.1)
     before = one.plan(NOW_S, [], queue, running).token_budget
     one.set_delivery(0.02)
     slow = one.plan(NOW_S, [], queue, running).token_budget
     assert slow < before
-    assert slow == planner().plan(NOW_S, [], queue, decodes(16, 0.1 - 0.02 + 0.001)).token_budget
-    one.set_policy(PolicySettings(role="low"))
+    assert slow == planner(calm_factor=0).plan(NOW_S, [], queue, decodes(16, 0.1 - 0.02 + 0.001)).token_budget
+    one.set_policy(PolicySettings(role="low", calm_factor=0))
     assert one.plan(NOW_S, [], queue, running).token_budget == slow
     one.set_delivery(0.0)
     assert one.plan(NOW_S, [], queue, running).token_budget == before

@@ -86,6 +86,7 @@ class Control:
                 token_budget=token_budget,
                 relegation=relegation,
                 static_budget_tokens=planner.settings.static_budget_tokens,
+                calm_factor=planner.settings.calm_factor,
             )
         )
         return True

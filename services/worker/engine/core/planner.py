@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, WaitingOrder, order_waiting
 from services.policy.prefill import prefill_pace
@@ -76,6 +77,7 @@ class StepPlanner:
             static_tokens=min(settings.static_budget_tokens, self._max_tokens),
             max_tokens=self._max_tokens,
             delivery_s=self._delivery_s,
+            calm_factor=settings.calm_factor,
         )
         self.role = Role(settings.role)
         self.settings, self._order, self._budget = settings, order, budget
@@ -121,6 +123,8 @@ class StepPlanner:
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
         order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
         chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]
+        given_up = order.newly_relegated
+        bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
         admissions = self._admissions(prefills, waiting, load, tightest_s)
         pausing = may_pause and self._order.pause_started
