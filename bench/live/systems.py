@@ -96,8 +96,8 @@ TABLE = [
 
 
 WORKER_NICENESS = 10
-"""Workers give way to the router and the client, which in a deployment have cores of their own: on two cores that are
-63% busy, a router that waited for its turn held back the tokens of whole steps by 20 to 60 ms."""
+"""Workers give way to the router and the client, which in a deployment have cores of their own: a router that waits for
+its turn on two busy cores holds back the tokens of whole steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
