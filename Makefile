@@ -32,9 +32,9 @@ PARTS := cluster chaos component/worker unit component/router component/gateway 
   component/predictor
 # Children are always new programs, never forks that go on using gRPC; its fork handlers have crashed long test runs.
 TEST := GRPC_ENABLE_FORK_SUPPORT=false $(PY) -m pytest -q
-# Most tests wait more than they compute: three parts at a time on two cores, each printed whole when it ends. Where much
-# else runs: make test AT_ONCE=2.
-AT_ONCE := 3
+# Most tests wait more than they compute: two parts at a time, each printed whole when it ends. On two cores three are
+# no quicker, and each then has less time for what it waits for.
+AT_ONCE := 2
 
 test: setup ## Everything: lint, types, unit, component and cluster tests with real vLLM on CPU
 	$(MAKE) lint types

@@ -110,6 +110,7 @@ def render() -> str:
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
+    sections["mechanisms"] = optional("mechanisms-azure-conv-42rps", lambda d: live_section([d]))
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
 

@@ -157,7 +157,9 @@ async def test_kill_of_a_worker_moves_its_streams(
         lost = [recording for recording in moved if recording.workers[0] == "cpu-lp"]
         assert lost
         assert all(recording.workers[1] == "cpu-hp" for recording in lost)
-        assert (await client.status()).counters["moves"] >= len(moved)
+        counters = (await client.status()).counters
+        # Where steps are slow, some leave a worker before it breaks their TBT objective.
+        assert counters["moves"] + counters["reliefs"] >= len(moved)
         await until(lambda: not any(is_running(pid) for pid in processes), "the end of its processes")
         await site.restarted("cpu-lp", old_pid)
         await used_again(client, corpus.long[0], "cpu-lp", tokenizer)

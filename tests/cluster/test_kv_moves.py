@@ -40,7 +40,9 @@ async def test_streams_leave_a_stopped_worker_with_their_kv_caches(
         moved = [recording.attempts() for recording in recordings if recording.moved_running]
         assert moved
         assert all(attempts[-1].moved_by == "kv" for attempts in moved)
-        assert (await client.status()).counters["moves"] >= len(moved)
+        counters = (await client.status()).counters
+        # Where steps are slow, some leave a worker before it breaks their TBT objective.
+        assert counters["moves"] + counters["reliefs"] >= len(moved)
         await site.restarted("cpu-lp", old_pid)
         await attached(client, 2)
         async with asyncio.timeout(60):
