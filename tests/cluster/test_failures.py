@@ -131,7 +131,7 @@ async def disturb_all(client: AsyncClient, corpus: Corpus, site: Site, victim: s
 
 
 async def used_again(client: AsyncClient, case: Case, worker_id: str, tokenizer: Tokenizer) -> None:
-    """Wait until requests go to a worker again."""
+    """Wait until requests go to a worker again; an HP that takes arrivals would be preferred to a cold one."""
     async with asyncio.timeout(60):
         while True:
             recording = await Recording().follow(client.stream(**case.options(5)))
@@ -146,7 +146,7 @@ async def test_kill_of_a_worker_moves_its_streams(
     site: Site, corpus: Corpus, tokenizer: Tokenizer, victim: str
 ) -> None:
     """Streams of a killed worker, begun or not, end elsewhere exactly; nothing is orphaned; the worker comes back."""
-    router = site.router(["cpu-lp", "cpu-hp"])
+    router = site.router(["cpu-lp", "cpu-hp"], hp_fill=0.0)
     old_pid, processes = site.fleet.pid("cpu-lp"), site.worker_processes("cpu-lp")
     assert len(processes) >= 2
     async with running(router, workers=2) as client:
@@ -225,7 +225,7 @@ async def test_a_stopped_worker_is_noticed_and_its_late_words_are_dropped(
     site: Site, corpus: Corpus, tokenizer: Tokenizer
 ) -> None:
     """SIGSTOP: after the silence its streams go on elsewhere; after SIGCONT what it still says changes nothing."""
-    router = site.router(["cpu-lp", "cpu-hp"], silence_s=SILENCE_S)
+    router = site.router(["cpu-lp", "cpu-hp"], silence_s=SILENCE_S, hp_fill=0.0)
     async with running(router, workers=2) as client:
         recordings = [Recording() for _ in corpus.long]
         tasks = [
