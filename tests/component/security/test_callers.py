@@ -195,7 +195,8 @@ async def test_a_forged_cursor_gains_nothing_without_a_key(fortress: Fortress) -
     prompt = fortress.worker.submitted[0].token_ids
     forged = write_cursor(Cursor(1, 4_000_000_000), prompt, "a", b"")
     call = router.inference.Generate(resumed(done, forged), metadata=bearer("a"))
-    await call.read()
+    await call.read()  # that it was accepted, which may come before the worker is asked
+    await until(lambda: len(fortress.worker.submitted) == 2)
     asked = fortress.worker.submitted[-1]
     assert asked.sampling.max_tokens == 2048 - len(prompt) // 4
     call.cancel()
