@@ -50,7 +50,7 @@ def test_calm_can_be_turned_off() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 4000), st.floats(0.05, 10.0)), min_size=1, max_size=8))
-def test_who_makes_it_in_full_steps_makes_it_in_calm_ones(queue: list[tuple[int, float]]) -> None:
+def test_calm_steps_leave_everybody_time(queue: list[tuple[int, float]]) -> None:
     """A calm step is planned only while everybody's deadline is far off even if all further steps are calm."""
     ordered = sorted((waiting(f"q{i}", *one) for i, one in enumerate(queue)), key=lambda one: one.deadline_s)
     if bound_s(ordered) == 0.09:

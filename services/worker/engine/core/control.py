@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
@@ -9,7 +10,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from ascendra.v1 import common_pb2
 from services.common.wire import model_from_proto, model_to_proto
-from services.worker.engine.settings import PolicySettings
 
 
 class Control:
@@ -80,13 +80,12 @@ class Control:
         """Change role and policies from the next step on."""
         planner = self._scheduler.planner
         planner.set_policy(
-            PolicySettings(
+            replace(
+                planner.settings,
                 role=role,
                 value_function=value_function,
                 token_budget=token_budget,
                 relegation=relegation,
-                static_budget_tokens=planner.settings.static_budget_tokens,
-                calm_factor=planner.settings.calm_factor,
             )
         )
         return True
