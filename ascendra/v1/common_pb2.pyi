@@ -138,7 +138,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class StepTelemetry(_message.Message):
-    __slots__ = ("step", "prefill_tokens", "decodes", "decode_context_tokens", "prefill_context_products", "step_s", "token_budget", "waiting", "queued_prefill_tokens", "running", "kv_usage", "preempted", "age_s")
+    __slots__ = ("step", "prefill_tokens", "decodes", "decode_context_tokens", "prefill_context_products", "step_s", "token_budget", "waiting", "queued_prefill_tokens", "running", "kv_usage", "preempted", "age_s", "delivery_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODES_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class StepTelemetry(_message.Message):
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     prefill_tokens: int
     decodes: int
@@ -165,7 +166,8 @@ class StepTelemetry(_message.Message):
     kv_usage: float
     preempted: int
     age_s: float
-    def __init__(self, step: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., prefill_context_products: _Optional[int] = ..., step_s: _Optional[float] = ..., token_budget: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., preempted: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+    delivery_s: float
+    def __init__(self, step: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., prefill_context_products: _Optional[int] = ..., step_s: _Optional[float] = ..., token_budget: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., preempted: _Optional[int] = ..., age_s: _Optional[float] = ..., delivery_s: _Optional[float] = ...) -> None: ...
 
 class StepTimeBin(_message.Message):
     __slots__ = ("max_tokens", "a0", "a1", "a2", "a3", "a4", "a5")

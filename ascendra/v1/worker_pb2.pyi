@@ -126,14 +126,16 @@ class KvTransfer(_message.Message):
     def __init__(self, compatibility: _Optional[str] = ..., bytes_per_token: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class SchedulingPolicy(_message.Message):
-    __slots__ = ("value_function", "token_budget", "relegation")
+    __slots__ = ("value_function", "token_budget", "relegation", "calm_factor")
     VALUE_FUNCTION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_BUDGET_FIELD_NUMBER: _ClassVar[int]
     RELEGATION_FIELD_NUMBER: _ClassVar[int]
+    CALM_FACTOR_FIELD_NUMBER: _ClassVar[int]
     value_function: str
     token_budget: str
     relegation: str
-    def __init__(self, value_function: _Optional[str] = ..., token_budget: _Optional[str] = ..., relegation: _Optional[str] = ...) -> None: ...
+    calm_factor: float
+    def __init__(self, value_function: _Optional[str] = ..., token_budget: _Optional[str] = ..., relegation: _Optional[str] = ..., calm_factor: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request_id", "attempt", "token_ids", "generated_tokens", "sampling", "slo", "age_ms", "priority", "urgent", "ticketed", "relegated", "traceparent", "last_token_age_ms", "kv_handle")

@@ -151,9 +151,11 @@ class Cluster:
             self.refuse(request)
 
     def _deliver(self, request: SimRequest, instance: Instance) -> None:
-        instance.engine.add(request)
         if instance.step is None:
+            instance.engine.add(request)
             self._start(instance)
+        else:
+            instance.inbox.append(request)
 
     def _start(self, instance: Instance) -> None:
         end_s = instance.start_step(self.now_s)
@@ -180,7 +182,10 @@ class Cluster:
             instance.index,
             report,
         )
-        # Withdrawals are answered between two steps, as the engine core answers utility calls.
+        # Between two steps the engine core takes in what came: requests, then withdrawals as utility calls.
+        for request in instance.inbox:
+            instance.engine.add(request)
+        instance.inbox.clear()
         if instance.withdrawals:
             for request in instance.withdrawals:
                 self._answer(request, instance)

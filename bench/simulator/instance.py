@@ -108,6 +108,8 @@ class Instance:
         self.step: Step | None = None
         self.steps = 0
         self.busy_s = 0.0
+        self.inbox: list[SimRequest] = []
+        """Came while a step runs; the engine, and the report of the step's end, know of them only then."""
         self.withdrawals: list[SimRequest] = []
         """Asked for while a step runs; answered at its end."""
         self.relegated: list[SimRequest] = []

@@ -9,7 +9,7 @@ from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
 from services.policy.prefill import PrefillPace, StepInProgress, instance_pace, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest
-from services.policy.telemetry import see_step, share_out_progress
+from services.policy.telemetry import note_counted, see_step, share_out_progress
 from services.policy.token_budget import BudgetPolicy
 from services.router.estimates import Ahead, newcomer_ahead
 
@@ -47,7 +47,7 @@ class RoutedRequest(QueuedRequest):
 
     def elsewhere(self, *, urgent: bool = False, ticketed: bool = False) -> "RoutedRequest":
         """Return it as it will be on the worker that it moves to."""
-        return replace(self, urgent=urgent, ticketed=ticketed, submitted_s=math.inf, moving=False)
+        return replace(self, urgent=urgent, ticketed=ticketed, submitted_s=math.inf, moving=False, counted=False)
 
 
 class WorkerState:
@@ -102,15 +102,15 @@ class WorkerState:
 
     def running(self, now_s: float) -> StepInProgress:
         """What the running step leaves to a request sent now."""
-        first = next(iter(self._sent.values()), None)
+        sent = self.sent
         see_step(
             self.view,
             now_s,
             busy=self._busy,
             began_s=self._began_s,
             queued_tokens=self._queued_tokens,
-            first=first,
-            first_sent_s=first.submitted_s if first else 0.0,
+            sent=sent,
+            first_sent_s=sent[0].submitted_s if sent else 0.0,
         )
         return step_in_progress(self.view, self.pace)
 
@@ -173,16 +173,15 @@ class WorkerState:
         self._busy = report.busy
         self._queued_tokens = report.queued_tokens
         self._began_s = now_s - report.age_s
+        sent = ((request, request.submitted_s) for request in self._sent.values())
+        note_counted(sent, self._began_s - report.step_s, view.hop_s)
         for sim in report.first_tokens:
             self._sent.pop(sim.request_id, None)
         self._pace = None
         self._share_out(now_s)
 
     def _share_out(self, now_s: float) -> None:
-        # What was on its way when the report left is not in it.
-        seen_s = self._began_s - self.view.hop_s
-        sent = ((request, request.submitted_s <= seen_s) for request in self._sent.values())
-        others = share_out_progress(sent, self._queued_tokens, now_s)
+        others = share_out_progress(self._sent.values(), self._queued_tokens, now_s)
         self._others = [others] if others else []
         self._changed()
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable
 
-from services.policy.prefill import prefill_pace
+from services.policy.prefill import PrefillPace, prefill_pace
 from services.policy.state import QueuedRequest
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import STATIC, BudgetPolicy, DecodeLoad
@@ -35,15 +35,33 @@ def calm_bound_s(
         ordered: waiting requests and resident prefills as order_waiting returned them.
         given_up: ids of those that it gave up.
     """
-    if policy.kind == STATIC or policy.calm_factor <= 0 or bound_s == math.inf:
+    if bound_s == math.inf or calm_pace(policy, model, load, tightest_s, ordered, given_up, now_s) is None:
         return bound_s
-    room_s = min(policy.calm_factor * policy.delivery_s, _MOST_ROOM * tightest_s)
-    pace = prefill_pace(model, load, policy, tightest_s - room_s)
+    return bound_s - _room_s(policy, tightest_s)
+
+
+def calm_pace(
+    policy: BudgetPolicy,
+    model: StepTimeModel,
+    load: DecodeLoad,
+    tightest_s: float,
+    ordered: Iterable[QueuedRequest],
+    given_up: Collection[str],
+    now_s: float,
+) -> PrefillPace | None:
+    """Return the pace of calm steps if the engine takes such ones now, else None; arguments as of calm_bound_s."""
+    if policy.kind == STATIC or policy.calm_factor <= 0 or tightest_s == math.inf or not load.decodes:
+        return None
+    pace = prefill_pace(model, load, policy, tightest_s - _room_s(policy, tightest_s))
     work_s = 0.0
     for request in ordered:
         if request.relegated or request.request_id in given_up:
             continue
         work_s += pace.remaining_work_s(request)
         if pace.finish_s(work_s) > _SHARE * (request.deadline_s - now_s):
-            return bound_s
-    return bound_s - room_s
+            return None
+    return pace
+
+
+def _room_s(policy: BudgetPolicy, tightest_s: float) -> float:
+    return min(policy.calm_factor * policy.delivery_s, _MOST_ROOM * tightest_s)

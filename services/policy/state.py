@@ -44,6 +44,8 @@ class QueuedRequest:
     """It lost its priority: served behind all that can still make it."""
     started: bool = False
     """Its first chunk has been scheduled; it can no longer be withdrawn."""
+    counted: bool = False
+    """For a decider away from the instance: the last report of the instance counts what is left of it."""
     hops: int = 0
     """Offloads so far."""
     last_token_s: float = 0.0

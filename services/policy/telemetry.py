@@ -1,7 +1,7 @@
 """What a decider concludes from an instance's last report and from what it has sent there since."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from services.policy.state import InstanceView, QueuedRequest, Slo
 
@@ -9,9 +9,23 @@ OTHERS = "~others"
 """Id of the entry that stands for what other routers have queued on an instance."""
 
 
-def share_out_progress(
-    sent: Iterable[tuple[QueuedRequest, bool]], queued_tokens: int, now_s: float
-) -> QueuedRequest | None:
+def note_counted(sent: Iterable[tuple[QueuedRequest, float]], began_s: float, hop_s: float) -> None:
+    """Mark the requests that the report of a step's end counts: an engine takes requests in between two steps only.
+
+    Call it for every report, before the news that came with it of who started in the step after that one.
+
+    Args:
+        sent: own requests whose prefill is not complete, and when each was sent.
+        began_s: when the report left, less the length of its step.
+        hop_s: round trip.
+    """
+    seen_s = began_s - hop_s
+    for queued, sent_s in sent:
+        if queued.started or sent_s <= seen_s:
+            queued.counted = True
+
+
+def share_out_progress(sent: Iterable[QueuedRequest], queued_tokens: int, now_s: float) -> QueuedRequest | None:
     """Reconcile an instance's count of queued prefill tokens with a decider's own requests there.
 
     What of its unstarted and started requests is no longer queued was computed of the started ones, whose
@@ -19,10 +33,10 @@ def share_out_progress(
     is returned. Reconciling the same count again changes nothing.
 
     Args:
-        sent: own requests whose prefill is not complete, and whether the report can know of each.
+        sent: own requests whose prefill is not complete; those count that the report does.
         queued_tokens: prefill tokens that the instance reported.
     """
-    known = [queued for queued, reported in sent if reported]
+    known = [queued for queued in sent if queued.counted]
     done = sum([queued.remaining_tokens for queued in known]) - queued_tokens
     if done > 0:
         for queued in sorted((queued for queued in known if queued.started), key=_turn):
@@ -42,7 +56,7 @@ def see_step(
     busy: bool,
     began_s: float,
     queued_tokens: int,
-    first: QueuedRequest | None,
+    sent: Sequence[QueuedRequest],
     first_sent_s: float,
 ) -> None:
     """Note in the view how far the running step will be when a request sent now arrives.
@@ -51,16 +65,19 @@ def see_step(
         busy: the instance had work when it last reported: its step began then.
         began_s: when that report left, as seen from here.
         queued_tokens: prefill tokens that it reported.
-        first: the request sent there first of those without a token: an idle instance starts at once with it.
-        first_sent_s: when that was.
+        sent: own requests there without a token, first sent first: an idle instance starts at once with the first one.
+        first_sent_s: when that one was sent.
     """
-    view.step_elapsed_s, view.step_queued_tokens = None, 0
+    since_report_s = now_s - began_s + view.hop_s
+    # The step also took in who came during the one before.
+    news_tokens = sum([queued.remaining_tokens for queued in sent if queued.started and not queued.counted])
     if busy:
-        view.step_elapsed_s = now_s - began_s + view.hop_s
-        view.step_queued_tokens = queued_tokens
-    elif first is not None:
-        view.step_elapsed_s = now_s - first_sent_s
-        view.step_queued_tokens = first.remaining_tokens
+        view.step_elapsed_s, view.step_queued_tokens = since_report_s, queued_tokens + news_tokens
+    elif sent:
+        view.step_elapsed_s = min(since_report_s, now_s - first_sent_s)
+        view.step_queued_tokens = news_tokens or sent[0].remaining_tokens
+    else:
+        view.step_elapsed_s, view.step_queued_tokens = None, 0
 
 
 def _turn(request: QueuedRequest) -> tuple[bool, bool, float]:

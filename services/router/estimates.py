@@ -1,7 +1,9 @@
 """Predictions of a request's first token from an instance's view; used to place, offload, admit and explain."""
 
+import math
 from dataclasses import dataclass, field
 
+from services.policy.calm import calm_pace
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import (
     PrefillPace,
@@ -12,7 +14,7 @@ from services.policy.prefill import (
     step_in_progress,
 )
 from services.policy.state import InstanceView, QueuedRequest, Role
-from services.policy.token_budget import BudgetPolicy
+from services.policy.token_budget import BudgetPolicy, DecodeLoad
 
 
 @dataclass(slots=True)
@@ -111,3 +113,16 @@ def in_order(
     pace = instance_pace(view, budget)
     ordered = order_waiting(view.queue, now_s, pace, order, view.role).ordered
     return ordered, predict_in_order(ordered, pace, running=step_in_progress(view, pace)), pace
+
+
+def newcomer_in_order(
+    view: InstanceView, request: QueuedRequest, now_s: float, order: OrderPolicy, budget: BudgetPolicy
+) -> TtftEstimate:
+    """Predict a request that is sent now, in the order that the engine keeps; the running step cannot serve it."""
+    pace = instance_pace(view, budget)
+    result = order_waiting([*view.queue, request], now_s, pace, order, view.role)
+    load, tightest_s = DecodeLoad(view.decodes, view.decode_context_tokens), view.min_tbt_s or math.inf
+    ordered, given_up = result.ordered, result.newly_relegated
+    pace = calm_pace(budget, view.model, load, tightest_s, ordered, given_up, now_s) or pace
+    before_s = sum(map(pace.remaining_work_s, ordered[: ordered.index(request)]))
+    return step_in_progress(view, pace).newcomer(pace, before_s, pace.remaining_work_s(request), view.hop_s)

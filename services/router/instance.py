@@ -8,11 +8,13 @@ from services.common.wire import ROLE_FROM_PROTO
 from services.policy.liveness import RecentMaximum, stall_limit_s
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
-from services.policy.telemetry import see_step, share_out_progress
+from services.policy.telemetry import note_counted, see_step, share_out_progress
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
+_DELIVERY_PRECISION_S = 1e-6
+"""Less is the rounding of the wire."""
 
 
 @dataclass(slots=True)
@@ -74,7 +76,6 @@ class Instance:
         self._longest_step = RecentMaximum()
         self._step_began_s = 0.0
         """When the running step began, as seen from here: at the last report of a step's end."""
-        self._report_s = 0.0
         self._queue: dict[int, Placed] = {}
         self._coming: dict[str, QueuedRequest] = {}
         self._decode_tbt_s: Counter[float] = Counter()
@@ -96,7 +97,7 @@ class Instance:
         view.decodes = view.decode_context_tokens = 0
         self.waiting = self.running = self.queued_prefill_tokens = self.steps = 0
         self._steps_seen = 0
-        self.last_message_s = self.steps_changed_s = self._report_s = now_s
+        self.last_message_s = self.steps_changed_s = now_s
 
     def adopt(self, policy: worker_pb2.SchedulingPolicy, static_tokens: int = 0) -> None:
         """Take over the policies that the worker says are in force.
@@ -110,13 +111,21 @@ class Instance:
         most = max(self.view.max_num_batched_tokens, 1)
         static_tokens = min(static_tokens or default.static_tokens, most)
         max_tokens = min(default.max_tokens, most)
-        self.budget = replace(default, kind=kind, static_tokens=static_tokens, max_tokens=max_tokens)
+        self.budget = replace(
+            self.budget,
+            kind=kind,
+            static_tokens=static_tokens,
+            max_tokens=max_tokens,
+            calm_factor=policy.calm_factor,
+        )
 
     def telemetry(self, step: common_pb2.StepTelemetry, now_s: float) -> None:
         """Take in one engine step."""
         if step.step != self.steps:
             self.steps, self.steps_changed_s = step.step, now_s
-        self._report_s = self._step_began_s = now_s - step.age_s
+        self._step_began_s = now_s - step.age_s
+        sent = ((placed.queued, placed.submitted_s) for placed in self._queue.values())
+        note_counted(sent, self._step_began_s - step.step_s, self.round_trip_s)
         self._steps_seen += 1
         self._longest_step.observe(step.step_s, now_s)
         self.waiting, self.running = step.waiting, step.running
@@ -124,6 +133,8 @@ class Instance:
         self.kv_usage = step.kv_usage
         if self.budget.kind == STATIC and step.token_budget not in (0, self.budget.static_tokens):
             self.adopt(self.policy, step.token_budget)
+        if abs(step.delivery_s - self.budget.delivery_s) > _DELIVERY_PRECISION_S and step.delivery_s > 0:
+            self.budget = replace(self.budget, delivery_s=step.delivery_s)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
         self._any_step_s += 0.2 * (step.step_s - self._any_step_s) if self._any_step_s else step.step_s
@@ -139,7 +150,6 @@ class Instance:
             self.view.decodes = self.view.decode_context_tokens = 0
             if not beat.waiting:
                 self.queued_prefill_tokens = 0
-        self._report_s = now_s
 
     @property
     def observed_step_s(self) -> float:
@@ -218,21 +228,17 @@ class Instance:
         view.report_age_s = now_s - self.last_message_s
         view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
-        view.queue = [placed.queued for placed in self._queue.values()]
-        # A request that was on its way when the report left is not in it.
-        seen_s = self._report_s - self.round_trip_s
-        sent = ((placed.queued, placed.submitted_s < seen_s) for placed in self._queue.values())
-        if others := share_out_progress(sent, self.queued_prefill_tokens, now_s):
-            view.queue.append(others)
-        view.queue += self._coming.values()
-        first = next(iter(self._queue.values()), None)
+        sent = [placed.queued for placed in self._queue.values()]
+        first_sent_s = next((placed.submitted_s for placed in self._queue.values()), 0.0)
+        others = share_out_progress(sent, self.queued_prefill_tokens, now_s)
+        view.queue = [*sent, *([others] if others else ()), *self._coming.values()]
         see_step(
             view,
             now_s,
             busy=self.running > 0 or self.waiting > 0,
             began_s=self._step_began_s,
             queued_tokens=self.queued_prefill_tokens,
-            first=first.queued if first else None,
-            first_sent_s=first.submitted_s if first else 0.0,
+            sent=sent,
+            first_sent_s=first_sent_s,
         )
         return view

@@ -12,7 +12,7 @@ from services.policy.placement import Placement, PlacementPolicy, PlacementState
 from services.policy.state import InstanceView, QueuedRequest
 from services.policy.token_budget import BudgetPolicy
 from services.router.config import LATE, RouterConfig
-from services.router.estimates import in_order
+from services.router.estimates import newcomer_in_order
 from services.router.prediction import Predictions
 from services.router.request import LiveRequest
 from services.router.worker_link import WorkerLink
@@ -87,10 +87,6 @@ class Placer:
 
     def predict(self, link: WorkerLink, queued: QueuedRequest, now_s: float) -> tuple[float, float]:
         """Return predicted remaining seconds to the first token and seconds of queue ahead, in the engine's order."""
-        view = self.view(link, now_s)
-        view.queue.append(queued)
-        ordered, estimates, _ = in_order(view, now_s, self.order_policy(link), link.instance.budget)
-        for other, estimate in zip(ordered, estimates, strict=True):
-            if other is queued:
-                return estimate.mean_s + view.hop_s, estimate.wait_s
-        return 0.0, 0.0
+        view, order = self.view(link, now_s), self.order_policy(link)
+        estimate = newcomer_in_order(view, queued, now_s, order, link.instance.budget)
+        return estimate.mean_s, estimate.wait_s

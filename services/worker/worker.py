@@ -112,7 +112,10 @@ class Worker:
             return worker_pb2.SchedulingPolicy(value_function="edf", token_budget="static", relegation="none")
         config = self.config
         return worker_pb2.SchedulingPolicy(
-            value_function=config.value_function, token_budget=config.token_budget, relegation=config.relegation
+            value_function=config.value_function,
+            token_budget=config.token_budget,
+            relegation=config.relegation,
+            calm_factor=config.calm_factor,
         )
 
     def facts(self) -> dict[str, str]:

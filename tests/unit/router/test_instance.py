@@ -86,6 +86,21 @@ def test_progress_of_started_requests_is_inferred() -> None:
     assert [queued.remaining_tokens for queued in view.queue] == [30, 100]
 
 
+def test_who_starts_in_the_next_step_has_made_no_progress() -> None:
+    """A long prompt came during a step, whose report counts nothing, and started in the next: all of it is left."""
+    worker = instance()
+    worker.telemetry(telemetry(running=3, step_s=0.09), 101.0)
+    long = placed(1, prompt_tokens=3000, submitted_s=101.03)
+    worker.submitted(long)
+    worker.telemetry(telemetry(step=2, running=3, step_s=0.09), 101.09)
+    long.queued.started = True
+    view = worker.refresh(MODEL, 101.1)
+    assert [queued.remaining_tokens for queued in view.queue] == [3000]
+    assert view.step_queued_tokens == 3000
+    worker.telemetry(telemetry(step=3, running=4, step_s=0.09, queued_prefill_tokens=2500), 101.18)
+    assert [queued.remaining_tokens for queued in worker.refresh(MODEL, 101.2).queue] == [2500]
+
+
 def test_what_the_report_cannot_know_is_not_subtracted() -> None:
     """A request sent after the report leaves the other routers' share as it is."""
     worker = instance()
@@ -169,6 +184,9 @@ def test_steps_are_sized_as_the_worker_says() -> None:
     dynamic = worker_pb2.SchedulingPolicy(token_budget="dynamic")
     worker.welcome(worker_pb2.Welcome(worker_id="w", max_num_batched_tokens=256, policy=dynamic), 100.0)
     assert (worker.budget.kind, worker.budget.max_tokens) == ("dynamic", 256)
+    worker.telemetry(telemetry(delivery_s=0.0125), 100.5)
+    worker.adopt(worker_pb2.SchedulingPolicy(token_budget="dynamic", calm_factor=1.5))
+    assert (round(worker.budget.delivery_s, 6), worker.budget.calm_factor) == (0.0125, 1.5)
     worker.adopt(worker_pb2.SchedulingPolicy(token_budget="static"))
     worker.telemetry(telemetry(token_budget=192), 101.0)
     assert (worker.budget.kind, worker.budget.static_tokens) == ("static", 192)

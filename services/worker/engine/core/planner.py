@@ -83,6 +83,11 @@ class StepPlanner:
         self.settings, self._order, self._budget = settings, order, budget
         self._turns = RelegatedTurns(order.relegated_share)
 
+    @property
+    def delivery_s(self) -> float:
+        """Room that is left in every gap for what passes outside the engine, in seconds."""
+        return self._delivery_s
+
     def set_delivery(self, gap_inflation_s: float) -> None:
         """Leave room in every gap for what passes outside the engine, as the routers measure it."""
         self._delivery_s = max(gap_inflation_s, BudgetPolicy().delivery_s)

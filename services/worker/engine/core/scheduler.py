@@ -271,6 +271,7 @@ class PolicyScheduler:
             running=len(scheduler.running),
             kv_usage=scheduler.kv_cache_manager.usage,
             preempted=len(step.preempted),
+            delivery_s=self.planner.delivery_s,
         )
 
     def _kv_failed(self, model_runner_output: Any) -> list[str]:
