@@ -7,6 +7,8 @@ from services.policy.state import InstanceView, QueuedRequest, Slo
 
 OTHERS = "~others"
 """Id of the entry that stands for what other routers have queued on an instance."""
+_INTO_ENGINE_S = 0.005
+"""From an instance's front end into its engine, which takes a while for long prompts."""
 
 
 def note_counted(sent: Iterable[tuple[QueuedRequest, float]], began_s: float, hop_s: float) -> None:
@@ -19,7 +21,7 @@ def note_counted(sent: Iterable[tuple[QueuedRequest, float]], began_s: float, ho
         began_s: when the report left, less the length of its step.
         hop_s: round trip.
     """
-    seen_s = began_s - hop_s
+    seen_s = began_s - hop_s - _INTO_ENGINE_S
     for queued, sent_s in sent:
         if queued.started or sent_s <= seen_s:
             queued.counted = True
@@ -29,8 +31,9 @@ def share_out_progress(sent: Iterable[QueuedRequest], queued_tokens: int, now_s:
     """Reconcile an instance's count of queued prefill tokens with a decider's own requests there.
 
     What of its unstarted and started requests is no longer queued was computed of the started ones, whose
-    `computed_tokens` grow, those served first first. What is queued beyond them belongs to others, for whom an entry
-    is returned. Reconciling the same count again changes nothing.
+    `computed_tokens` grow, those served first first. When more is queued than is left of them, earlier counts were read
+    wrongly: they shrink again, those served last first. What is queued even beyond that belongs to others, for whom an
+    entry is returned. Reconciling the same count again changes nothing.
 
     Args:
         sent: own requests whose prefill is not complete; those count that the report does.
@@ -38,9 +41,13 @@ def share_out_progress(sent: Iterable[QueuedRequest], queued_tokens: int, now_s:
     """
     known = [queued for queued in sent if queued.counted]
     done = sum([queued.remaining_tokens for queued in known]) - queued_tokens
-    if done > 0:
-        for queued in sorted((queued for queued in known if queued.started), key=_turn):
-            tokens = min(done, queued.remaining_tokens - 1)  # its last chunk shows by its token
+    if done:
+        started = sorted((queued for queued in known if queued.started), key=_turn, reverse=done < 0)
+        for queued in started:
+            if done > 0:
+                tokens = min(done, queued.remaining_tokens - 1)  # its last chunk shows by its token
+            else:
+                tokens = max(done, 0 if queued.continued else -queued.computed_tokens)
             queued.computed_tokens += tokens
             done -= tokens
     if done >= 0:

@@ -48,10 +48,23 @@ def test_what_the_report_cannot_know_keeps_its_tokens() -> None:
     assert new.remaining_tokens == 2000
 
 
+def test_a_count_that_was_read_wrongly_is_mended_by_the_next() -> None:
+    """A prompt that an earlier count was thought to hold has not been computed after all; nobody else is queued."""
+    first, second = request("first", 3000, started=True), request("second", 400, started=True)
+    second.arrival_s = 0.5
+    share_out_progress([first, second], 2, 5.0)
+    assert share_out_progress([first, second], 2800, 5.1) is None
+    assert (first.remaining_tokens, second.remaining_tokens) == (2400, 400)
+    stream = request("stream", 1000, started=True)
+    stream.last_token_s, stream.computed_tokens = 4.9, 999  # its KV cache came from elsewhere
+    others = share_out_progress([stream], 300, 5.2)
+    assert (stream.remaining_tokens, others and others.remaining_tokens) == (1, 299)
+
+
 def test_a_report_counts_what_came_before_its_step() -> None:
     """An engine takes requests in between two steps: one that came during a step is not in the report of its end."""
     before, during, began = request("before", 700), request("during", 900), request("began", 300, started=True)
-    sent = [(before, 1.0), (during, 1.05), (began, 1.01)]
+    sent = [(before, 0.99), (during, 1.05), (began, 1.01)]
     for one, _ in sent:
         one.counted = False
     note_counted(sent, began_s=1.06, hop_s=0.05)  # a step from 1.03 to 1.13 at the engine
