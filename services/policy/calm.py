@@ -8,7 +8,8 @@ from services.policy.state import QueuedRequest
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import STATIC, BudgetPolicy, DecodeLoad
 
-_SHARE = 0.3
+_SHARE = 0.7
+"""Of the time that a waiting request has left: by then it would be done at the calm pace."""
 _MOST_ROOM = 0.3
 """Of the TBT objective."""
 

@@ -1,5 +1,7 @@
 """An Assess question as columns, and its answer."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,7 +14,7 @@ from services.policy.risk import RiskInstance, RiskTable, assess
 from services.policy.step_time import A100_LLAMA3_8B
 from services.policy.token_budget import BudgetPolicy
 from services.policy.value_functions import VALUE_FUNCTIONS
-from services.predictor.models import ModelStore
+from services.predictor.models import ModelStore, WorkerModels
 
 MAX_CELLS = 65_536
 """Most requests x instances of one question: it is answered on the event loop, in some ten milliseconds."""
@@ -83,12 +85,17 @@ def _instance(
         min_tbt_s=state.min_tbt_s,
         in_progress_tokens=min(state.in_progress_prefill_tokens, 1 << 40),
         hop_s=state.hop_s,
-        budget=BudgetPolicy(max_tokens=state.max_num_batched_tokens or 2048),
+        budget=_budget(state.max_num_batched_tokens, models),
         residuals=models.residuals if models else prior_slices(),
     )
     if models is None:
         return instance, Confidence.PRIOR, float("inf")
     return instance, models.confidence, max(now_s - models.heard_s, 0.0)
+
+
+def _budget(max_tokens: int, models: WorkerModels | None) -> BudgetPolicy:
+    default = BudgetPolicy(max_tokens=max_tokens or BudgetPolicy().max_tokens)
+    return replace(default, delivery_s=models.delivery_s) if models and models.delivery_s else default
 
 
 def _packed(table: RiskTable) -> predictor_pb2.AssessResponse:

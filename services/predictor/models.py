@@ -56,6 +56,8 @@ class WorkerModels:
     """When its last telemetry came."""
     pool: Pool
     incarnation: str = ""
+    delivery_s: float = 0.0
+    """Room that its token budget leaves in each gap, in seconds; 0: not said."""
     calibration: Calibration = field(default_factory=Calibration)
     """Of this worker alone: it judges, and demotes. The pool's residuals are the ones that are given out."""
     steps: AccuracyWindow = field(default_factory=AccuracyWindow)

@@ -51,7 +51,7 @@ def test_calm_can_be_turned_off() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 4000), st.floats(0.05, 10.0)), min_size=1, max_size=8))
 def test_calm_steps_leave_everybody_time(queue: list[tuple[int, float]]) -> None:
-    """A calm step is planned only while everybody's deadline is far off even if all further steps are calm."""
+    """A calm step is planned only while everybody would make it with time to spare if all further steps were calm."""
     ordered = sorted((waiting(f"q{i}", *one) for i, one in enumerate(queue)), key=lambda one: one.deadline_s)
     if bound_s(ordered) == 0.09:
         return
@@ -59,4 +59,4 @@ def test_calm_steps_leave_everybody_time(queue: list[tuple[int, float]]) -> None
     work_s = 0.0
     for request in ordered:
         work_s += pace.remaining_work_s(request)
-        assert pace.finish_s(work_s) < 0.5 * request.slo.ttft_s
+        assert pace.finish_s(work_s) < 0.75 * request.slo.ttft_s

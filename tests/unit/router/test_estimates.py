@@ -1,13 +1,16 @@
 """What a request would wait for elsewhere, and what its coming does to those who wait there."""
 
+from dataclasses import replace
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from services.policy.prefill import instance_pace
+from services.policy.order import OrderPolicy
+from services.policy.prefill import instance_pace, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B
 from services.policy.token_budget import BudgetPolicy
-from services.router.estimates import newcomer_ahead
+from services.router.estimates import newcomer_ahead, newcomer_in_order
 
 BUDGET = BudgetPolicy()
 PACE = instance_pace(InstanceView(worker_id="idle", role=Role.HIGH, model=A100_LLAMA3_8B), BUDGET)
@@ -63,3 +66,29 @@ def test_a_newcomer_overtakes_on_hp_those_who_can_wait() -> None:
     for state in ("urgent", "started"):
         assert wait_s(Role.HIGH, waiting(state, 2000, 60.0, **{state: True})) > alone_s
     assert wait_s(Role.LOW, patient) > alone_s
+
+
+def test_the_running_step_does_not_serve_who_is_sent_now() -> None:
+    """Though it is ordered before all that wait, and the running step computes more than its prompt."""
+    present = [waiting("others", 3000, 60.0, started=True, counted=True)]
+    view = InstanceView(worker_id="w", role=Role.LOW, model=A100_LLAMA3_8B, queue=present, decodes=20, min_tbt_s=0.1)
+    view.step_elapsed_s, view.step_queued_tokens = 0.05, 3000
+    pace = instance_pace(view, BUDGET)
+    left_s = step_in_progress(view, pace).left_s
+    budget = BudgetPolicy(calm_factor=0.0)
+    estimate = newcomer_in_order(view, waiting("new", 300, 0.5), NOW_S, OrderPolicy(), budget)
+    assert 0 < left_s < pace.step_s
+    assert estimate.mean_s == left_s + pace.finish_s(pace.work_s(300))
+
+
+def test_calm_steps_are_predicted_as_such() -> None:
+    """Steps leave room while all who wait have time, so a prompt takes longer; not once one of them is in a hurry."""
+    view = InstanceView(worker_id="w", role=Role.LOW, model=A100_LLAMA3_8B, decodes=20, min_tbt_s=0.1)
+    slow = BudgetPolicy(delivery_s=0.01)
+    means_s = [
+        newcomer_in_order(view, waiting("new", 2000, left_s), NOW_S, OrderPolicy(), replace(slow, calm_factor=factor))
+        for left_s, factor in ((9.0, 2.0), (9.0, 0.0), (0.3, 2.0), (0.3, 0.0))
+    ]
+    calm, full, hurried, hurried_full = (estimate.mean_s for estimate in means_s)
+    assert calm > full
+    assert hurried == hurried_full
