@@ -3,11 +3,13 @@
 Starts one system with emulated workers and sends it a trace at several rates, one after the other, from idle to past
 the knee. Every prediction is judged by what became of it before anything is learned from it, in the order of time, so
 each is held out; the card is the predictor's own (`PredictorService.GetCard`), over all workers.
+
+With --simulated the same loads are served in virtual time: no machine's noise explains what errors are left there.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,21 @@ from bench.live.load import run_load
 from bench.live.systems import SYSTEMS, Workers, running_system
 from bench.live.targets import ascendra_target, prompt_of
 from bench.markdown import markdown_table
-from bench.metrics import summarize
+from bench.metrics import Report, summarize
+from bench.options import load_profile
 from bench.result_files import provenance, write_result
-from bench.workloads import load_trace, make_workload, slo_set
+from bench.simulator.card import PredictionCard
+from bench.simulator.cluster import ClusterConfig
+from bench.simulator.engine import EngineConfig
+from bench.simulator.instance import StepTimeTruth
+from bench.simulator.systems import simulate, system_named
+from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
 from services.common.channels import open_channel
 
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 8192
+KV_CAPACITY_TOKENS = 380_000
+DRAIN_S = 20.0
 FIGURES = ("median_ape", "p90_ape", "mape", "bias", "coverage_p90")
 
 
@@ -52,36 +62,61 @@ async def card_of(address: str) -> dict[str, Any]:
     return {"card": card, "left_out": dict(answer.left_out)}
 
 
-async def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Send every load and return the card after the last."""
+def loads(arguments: argparse.Namespace) -> Iterator[tuple[float, list[WorkloadRequest]]]:
+    """Yield each rate with its requests."""
     trace = load_trace(arguments.trace)
     classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
+    for rate_rps in arguments.rates:
+        requests = round(rate_rps * arguments.seconds)
+        workload = make_workload(
+            trace, arrivals="poisson", rate_rps=rate_rps, requests=requests, classes=classes, seed=arguments.seed
+        )
+        yield rate_rps, fitting(workload, MAX_MODEL_LEN)
+
+
+def noted(rate_rps: float, report: Report) -> dict[str, Any]:
+    """Show how a load was served and return it for the result file."""
+    print(f"{rate_rps:g}/s: {report.requests} requests, joint {report.joint:.1%}", file=sys.stderr)
+    return {"rate_rps": rate_rps, "report": report.as_dict()}
+
+
+def run_simulated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Serve every load in virtual time and return the card after the last."""
+    model = load_profile(arguments.profile)
+    config = ClusterConfig(
+        instances=arguments.workers,
+        engine=EngineConfig(kv_tokens=KV_CAPACITY_TOKENS, max_model_len=MAX_MODEL_LEN),
+        believed=model,
+        truth=StepTimeTruth(model=model, jitter_sigma=arguments.jitter_sigma),
+        drain_s=DRAIN_S,
+        seed=arguments.seed,
+    )
+    card = PredictionCard()
+    served = [
+        noted(rate_rps, summarize(simulate(system_named(arguments.system), workload, config, card=card).records))
+        for rate_rps, workload in loads(arguments)
+    ]
+    return {"loads": served, "card": card.lines(), "left_out": {"relegated": card.relegated}}
+
+
+async def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Send every load and return the card after the last."""
     workers = Workers(
         count=arguments.workers,
         model=arguments.model,
         profile=arguments.profile,
         jitter_sigma=arguments.jitter_sigma,
         max_model_len=MAX_MODEL_LEN,
-        kv_capacity_tokens=380_000,
+        kv_capacity_tokens=KV_CAPACITY_TOKENS,
     )
-    loads = []
+    served = []
     async with running_system(SYSTEMS[arguments.system], workers, seed=arguments.seed) as system:
         async with ascendra_target([system.router], timeout_s=300) as target:
-            for rate_rps in arguments.rates:
-                workload = make_workload(
-                    trace,
-                    arrivals="poisson",
-                    rate_rps=rate_rps,
-                    requests=round(rate_rps * arguments.seconds),
-                    classes=classes,
-                    seed=arguments.seed,
-                )
+            for rate_rps, workload in loads(arguments):
                 prompt = partial(prompt_of, vocab_size=VOCAB_SIZE, seed=arguments.seed)
-                records = await run_load(target, fitting(workload, MAX_MODEL_LEN), prompt, drain_s=20)
-                report = summarize(records)
-                print(f"{rate_rps:g}/s: {report.requests} requests, joint {report.joint:.1%}", file=sys.stderr)
-                loads.append({"rate_rps": rate_rps, "report": report.as_dict()})
-        return {"loads": loads, **await card_of(system.predictor)}
+                records = await run_load(target, workload, prompt, drain_s=DRAIN_S)
+                served.append(noted(rate_rps, summarize(records)))
+        return {"loads": served, **await card_of(system.predictor)}
 
 
 def table(card: Sequence[Mapping[str, Any]]) -> str:
@@ -104,7 +139,8 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--trace", type=Path, required=True, help="trace file; formats in bench/workloads.py")
-    parser.add_argument("--model", type=Path, required=True, help="model directory, for its tokenizer (see demo/)")
+    parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser.add_argument("--model", type=Path, help="model directory, for its tokenizer (see demo/); not if simulated")
     parser.add_argument("--system", default="ascendra", choices=[n for n, s in SYSTEMS.items() if s.predictor])
     parser.add_argument("--rates", type=float, nargs="+", default=[12, 30, 44], help="requests per second, in turn")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each load, in seconds")
@@ -114,13 +150,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jitter-sigma", type=float, default=0.03, help="standard deviation of log(step time)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write card and loads as JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not (arguments.simulated or arguments.model):
+        parser.error("--model is required for a live cluster")
+    return arguments
 
 
 def main() -> None:
     """Run, print the card, write it."""
     arguments = parse()
-    result = uvloop.run(run(arguments))
+    result = run_simulated(arguments) if arguments.simulated else uvloop.run(run(arguments))
     print(table(result["card"]))
     print(f"\nnot judged, by reason: {result['left_out'] or 'none'}")
     write_result(arguments.out, {**provenance(arguments), **result})

@@ -106,11 +106,11 @@ def render() -> str:
     sections["speed"] = optional("speed", lambda d: speed_table(d["cells"], d["options"]["sizes"]))
     sections["fidelity"] = optional("fidelity", lambda d: fidelity_table(d["cells"]))
     sections["predictor_card"] = optional("predictor-card", card_section)
+    sections["predictor_card_simulated"] = optional("predictor-card-simulated", card_section)
     sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
-    sections["mechanisms"] = optional("mechanisms-azure-conv-42rps", lambda d: live_section([d]))
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
 

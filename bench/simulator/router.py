@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.simulator.card import PredictionCard
 from bench.simulator.cluster import Cluster
 from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
@@ -71,8 +72,16 @@ TICKET_HOLDERS = 4
 class PlacingRouter:
     """Places each request on arrival; may move it while it waits."""
 
-    def __init__(self, cluster: Cluster, states: Sequence[WorkerState], policy: RouterPolicy, seed: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        states: Sequence[WorkerState],
+        policy: RouterPolicy,
+        seed: int,
+        card: PredictionCard | None = None,
+    ) -> None:
         self._cluster = cluster
+        self._card = card
         self._states = states
         self._by_id = {state.view.worker_id: state for state in states}
         self._views = [state.view for state in states]
@@ -104,8 +113,7 @@ class PlacingRouter:
             request.priority = round(request.deadline_s * 1e3)
         routed = RoutedRequest.arrived(request)
         state = self._choose(routed, now_s)
-        state.add(routed)
-        routed.submit(self._cluster, state.index, now_s)
+        self._send(routed, state, now_s)
         if self._policy.offload:
             self._judge(state, now_s)
         if self._ledger:
@@ -120,6 +128,9 @@ class PlacingRouter:
     def on_report(self, index: int, report: StepReport, now_s: float) -> None:
         """Take in a report and see who should move."""
         state = self._states[index]
+        if self._card:
+            for sim in report.first_tokens:
+                self._card.first_token(sim, now_s)
         state.take_in(report, now_s)
         if self._policy.offload and state.view.role is not Role.HIGH and state.view.queue:
             self._judge(state, now_s)
@@ -140,12 +151,17 @@ class PlacingRouter:
             self.moves += 1
             source.discard(here)
             there.relegated = here.relegated
-            target.add(there)
-            there.submit(self._cluster, target.index, now_s)
+            self._send(there, target, now_s)
             return
         self.refused_moves += 1
         if here is not None:
             here.moving, here.decided_s = False, now_s
+
+    def _send(self, request: RoutedRequest, state: WorkerState, now_s: float) -> None:
+        if self._card:
+            self._card.sends(state, request, self._policy.order, now_s)
+        state.add(request)
+        request.submit(self._cluster, state.index, now_s)
 
     def _choose(self, request: RoutedRequest, now_s: float) -> WorkerState:
         if self._policy.headroom:

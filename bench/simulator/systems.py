@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from bench.metrics import RequestRecord
+from bench.simulator.card import PredictionCard
 from bench.simulator.cluster import Cluster, ClusterConfig
 from bench.simulator.instance import Instance
 from bench.simulator.pulling import PullingRouter
@@ -201,12 +202,14 @@ def simulate(
     config: ClusterConfig,
     give_up_after: int | None = None,
     warmup: int = 0,
+    card: PredictionCard | None = None,
 ) -> Run:
     """Serve a workload with a system on a simulated cluster.
 
     Args:
         give_up_after: end the run once more requests than this, the first `warmup` aside, are sure to have missed.
         warmup: requests, first to arrive, whose misses do not count.
+        card: judges the router's predictions, where it places requests.
     """
     high = system.hp_count(config.instances) if system.hp_count else 0
     engine = config.engine
@@ -260,7 +263,7 @@ def simulate(
             deadline_priority=system.deadline_priority,
             roles=system.roles,
         )
-        router = PlacingRouter(cluster, states, policy, config.seed)
+        router = PlacingRouter(cluster, states, policy, config.seed, card)
     records = cluster.run(workload, router)
     run = Run(
         records=records,

@@ -55,7 +55,6 @@ class WorkerState:
 
     __slots__ = (
         "_began_s",
-        "_budget",
         "_busy",
         "_coming",
         "_others",
@@ -63,6 +62,7 @@ class WorkerState:
         "_queued_tokens",
         "_sent",
         "_work_s",
+        "budget",
         "index",
         "view",
     )
@@ -70,7 +70,7 @@ class WorkerState:
     def __init__(self, index: int, view: InstanceView, budget: BudgetPolicy) -> None:
         self.index = index
         self.view = view
-        self._budget = budget
+        self.budget = budget
         self._sent: dict[str, RoutedRequest] = {}
         self._coming: dict[str, RoutedRequest] = {}
         self._others: list[QueuedRequest] = []
@@ -84,7 +84,7 @@ class WorkerState:
     def pace(self) -> PrefillPace:
         """How fast it prefills beside its present decodes."""
         if self._pace is None:
-            self._pace = instance_pace(self.view, self._budget)
+            self._pace = instance_pace(self.view, self.budget)
         return self._pace
 
     @property
@@ -123,7 +123,7 @@ class WorkerState:
     def ahead(self, now_s: float) -> Ahead:
         """Return what a request that moves there would wait for."""
         self.running(now_s)
-        return newcomer_ahead(self.view, self._budget, now_s, self.pace)
+        return newcomer_ahead(self.view, self.budget, now_s, self.pace)
 
     def add(self, request: QueuedRequest) -> None:
         """Count a request that is about to be sent there."""
