@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.split("\n")[0])
     parser.add_argument("live", type=Path, help="result file of bench.live")
     parser.add_argument("--trace", type=Path, required=True, help="the trace file of that run")
+    parser.add_argument("--systems", nargs="+", help="of those in the file; default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the pairs")
     args = parser.parse_args(argv)
     document = json.loads(args.live.read_text(encoding="utf-8"))
@@ -104,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.live} was measured with {settings['trace']}")
     cells = []
     for result in document["results"]:
+        if args.systems and result["system"] not in args.systems:
+            continue
         run = (result["system"], result["rate_rps"], result["seed"])
         report = simulated(settings, args.trace, *run)
         cells.append(
