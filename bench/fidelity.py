@@ -1,13 +1,16 @@
 """The simulator against the live cluster: the same requests, the same settings, the numbers side by side.
 
 python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 44 53 \\
-    --seeds 1 --seconds 40 --drain-s 15 --out bench/results/fidelity-live.json
-python -m bench.fidelity bench/results/fidelity-live.json --trace conv.csv.gz --out bench/results/fidelity.json
+    --seeds 1 --seconds 30 --warmup-s 8 --drain-s 15 --out bench/results/fidelity-live.json
+python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azure-conv-42rps.json \\
+    --systems unified ascendra vllm-rr-640 vllm-least-640 --trace conv.csv.gz --delivery-ms 10 \\
+    --out bench/results/fidelity.json
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,10 @@ from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import StepTimeTruth
 from bench.simulator.systems import simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
+from services.policy.token_budget import BudgetPolicy
 
+RUN = ("system", "rate_rps", "seed")
+"""What names a run in a result file."""
 POINTS_AIM = 0.02
 """Joint attainment is to agree within this."""
 TTFT_AIM = 0.1
@@ -36,8 +42,14 @@ def simulated_name(live_name: str) -> str:
     return f"vllm-{tokens}-{dispatch}" if family == "vllm" and tokens.isdecimal() else live_name
 
 
-def simulated(settings: Mapping[str, str], trace: Path, system: str, rate_rps: float, seed: int) -> Report:
-    """Serve in virtual time what a live run of these settings was sent."""
+def simulated(
+    settings: Mapping[str, str], trace: Path, system: str, rate_rps: float, seed: int, delivery_s: float
+) -> Report:
+    """Serve in virtual time what a live run of these settings was sent.
+
+    Args:
+        delivery_s: room that dynamic budgets leave in each gap for delivery.
+    """
     warmup_s, seconds = float(settings["warmup_s"]), float(settings["seconds"])
     workload = fitting(
         make_workload(
@@ -61,7 +73,9 @@ def simulated(settings: Mapping[str, str], trace: Path, system: str, rate_rps: f
         drain_s=float(settings["drain_s"]),
         seed=seed,
     )
-    records = simulate(system_named(simulated_name(system)), workload, config).records
+    policies = system_named(simulated_name(system))
+    policies = replace(policies, budget=replace(policies.budget, delivery_s=delivery_s))
+    records = simulate(policies, workload, config).records
     return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
 
 
@@ -75,7 +89,7 @@ def compared(live: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, flo
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Lay the pairs out, with what is outside the aims marked."""
-    heads = ["system", "req/s", "joint live", "simulated"]
+    heads = ["system", "req/s", "seed", "joint live", "simulated"]
     heads += ["TTFT p50 s live", "simulated", "TTFT p90 s live", "simulated"]
     rows = []
     for cell in cells:
@@ -83,7 +97,7 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
         off = compared(live, model)
         marks = {name: "" if abs(value) <= TTFT_AIM else " (!)" for name, value in off.items()}
         marks["joint_points"] = "" if abs(off["joint_points"]) <= POINTS_AIM else " (!)"
-        row = [cell["system"], f"{cell['rate_rps']:g}", f"{live['joint']:.1%}"]
+        row = [cell["system"], f"{cell['rate_rps']:g}", str(cell["seed"]), f"{live['joint']:.1%}"]
         row.append(f"{model['joint']:.1%}{marks['joint_points']}")
         for name in ("ttft_p50_s", "ttft_p90_s"):
             row += [f"{live[name]:.3f}", f"{model[name]:.3f}{marks[name]}"]
@@ -94,31 +108,33 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.split("\n")[0])
-    parser.add_argument("live", type=Path, help="result file of bench.live")
+    parser.add_argument("live", type=Path, nargs="+", help="result files of bench.live")
     parser.add_argument("--trace", type=Path, required=True, help="the trace file of that run")
     parser.add_argument("--systems", nargs="+", help="of those in the file; default: all")
+    parser.add_argument(
+        "--delivery-ms",
+        type=float,
+        default=1000 * BudgetPolicy().delivery_s,
+        help="room in each gap, which live workers learn and simulated ones are told",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the pairs")
     args = parser.parse_args(argv)
-    document = json.loads(args.live.read_text(encoding="utf-8"))
-    settings = document["settings"]
-    if settings["trace"] != args.trace.name:
-        parser.error(f"{args.live} was measured with {settings['trace']}")
+    documents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in args.live}
     cells = []
-    for result in document["results"]:
-        if args.systems and result["system"] not in args.systems:
-            continue
-        run = (result["system"], result["rate_rps"], result["seed"])
-        report = simulated(settings, args.trace, *run)
-        cells.append(
-            {
-                **dict(zip(("system", "rate_rps", "seed"), run, strict=True)),
-                "live": result["report"],
-                "simulated": report.as_dict(),
-            }
-        )
+    for name, document in documents.items():
+        settings = document["settings"]
+        if settings["trace"] != args.trace.name:
+            parser.error(f"{name} was measured with {settings['trace']}")
+        for result in document["results"]:
+            if args.systems and result["system"] not in args.systems:
+                continue
+            run = dict(zip(RUN, (result[key] for key in RUN), strict=True))
+            report = simulated(settings, args.trace, *run.values(), args.delivery_ms / 1000)
+            cells.append({**run, "live": result["report"], "simulated": report.as_dict()})
+    cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))
     print(table(cells))
-    settings_line = {"live": args.live.name, "commit": commit_id(), "live_commit": document["commit"]}
-    write_result(args.out, {**settings_line, "cells": cells})
+    live = {name: document["commit"] for name, document in documents.items()}
+    write_result(args.out, {"commit": commit_id(), "live": live, "delivery_ms": args.delivery_ms, "cells": cells})
 
 
 if __name__ == "__main__":
