@@ -26,7 +26,7 @@ from ascendra.v1 import common_pb2 as ascendra_dot_v1_dot_common__pb2
 from ascendra.v1 import inference_pb2 as ascendra_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61scendra/v1/cluster.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\x1a\x1b\x61scendra/v1/inference.proto\"\x12\n\x10GetStatusRequest\"\xeb\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12)\n\x06health\x18\x03 \x01(\x0e\x32\x19.ascendra.v1.WorkerHealth\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\t \x01(\x04\x12\x10\n\x08kv_usage\x18\n \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x0b \x01(\x01\x12\r\n\x05\x61ge_s\x18\x0c \x01(\x01\x12\x14\n\x0cround_trip_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x14\n\x0cmodel_source\x18\x0f \x01(\t\x12\x0e\n\x06policy\x18\x10 \x01(\t\"\x9c\x01\n\x10\x41ttainmentStatus\x12\x11\n\tslo_class\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\r\n\x05joint\x18\x03 \x01(\x01\x12\x0c\n\x04ttft\x18\x04 \x01(\x01\x12\x0b\n\x03tbt\x18\x05 \x01(\x01\x12\x12\n\nttft_p50_s\x18\x06 \x01(\x01\x12\x12\n\nttft_p99_s\x18\x07 \x01(\x01\x12\x11\n\tgap_p99_s\x18\x08 \x01(\x01\"\x91\x03\n\x11GetStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.ascendra.v1.WorkerStatus\x12\x31\n\nattainment\x18\x04 \x03(\x0b\x32\x1d.ascendra.v1.AttainmentStatus\x12\x10\n\x08window_s\x18\x05 \x01(\x01\x12\x15\n\rlive_requests\x18\x06 \x01(\r\x12\x19\n\x11prediction_policy\x18\x07 \x01(\t\x12\x1b\n\x13predictor_connected\x18\x08 \x01(\x08\x12>\n\x08\x63ounters\x18\t \x03(\x0b\x32,.ascendra.v1.GetStatusResponse.CountersEntry\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x12\x15\n\rheld_requests\x18\x0b \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12WatchStatusRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"E\n\x13WatchStatusResponse\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.ascendra.v1.GetStatusResponse\"K\n\x15RegisterWorkerRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"+\n\x16RegisterWorkerResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\"D\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ascendra.v1.Role\"2\n\x0fSetRoleResponse\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.ascendra.v1.Role\";\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"4\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"]\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x02 \x01(\x01\x12\x11\n\tmiss_ttft\x18\x03 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x04 \x01(\t\"\xa9\x01\n\x08\x44\x65\x63ision\x12\r\n\x05\x61t_ms\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12\x16\n\x0e\x66rom_worker_id\x18\x04 \x01(\t\x12\x14\n\x0cto_worker_id\x18\x05 \x01(\t\x12*\n\ncandidates\x18\x06 \x03(\x0b\x32\x16.ascendra.v1.Candidate\x12\x18\n\x10predicted_ttft_s\x18\x07 \x01(\x01\"\x88\x01\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\tdecisions\x18\x02 \x03(\x0b\x32\x15.ascendra.v1.Decision\x12(\n\x07receipt\x18\x03 \x01(\x0b\x32\x17.ascendra.v1.SloReceipt\x12\r\n\x05state\x18\x04 \x01(\t*\x9b\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1c\n\x18WORKER_HEALTH_CONNECTING\x10\x02\x12\x19\n\x15WORKER_HEALTH_TRIPPED\x10\x03\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x04\x32\xe9\x03\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1d.ascendra.v1.GetStatusRequest\x1a\x1e.ascendra.v1.GetStatusResponse\x12R\n\x0bWatchStatus\x12\x1f.ascendra.v1.WatchStatusRequest\x1a .ascendra.v1.WatchStatusResponse0\x01\x12Y\n\x0eRegisterWorker\x12\".ascendra.v1.RegisterWorkerRequest\x1a#.ascendra.v1.RegisterWorkerResponse\x12\x44\n\x07SetRole\x12\x1b.ascendra.v1.SetRoleRequest\x1a\x1c.ascendra.v1.SetRoleResponse\x12P\n\x0b\x44rainWorker\x12\x1f.ascendra.v1.DrainWorkerRequest\x1a .ascendra.v1.DrainWorkerResponse\x12\x44\n\x07\x45xplain\x12\x1b.ascendra.v1.ExplainRequest\x1a\x1c.ascendra.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61scendra/v1/cluster.proto\x12\x0b\x61scendra.v1\x1a\x18\x61scendra/v1/common.proto\x1a\x1b\x61scendra/v1/inference.proto\"\x12\n\x10GetStatusRequest\"\xff\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12)\n\x06health\x18\x03 \x01(\x0e\x32\x19.ascendra.v1.WorkerHealth\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.ascendra.v1.Role\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\t \x01(\x04\x12\x10\n\x08kv_usage\x18\n \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x0b \x01(\x01\x12\r\n\x05\x61ge_s\x18\x0c \x01(\x01\x12\x14\n\x0cround_trip_s\x18\r \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x14\n\x0cmodel_source\x18\x0f \x01(\t\x12\x0e\n\x06policy\x18\x10 \x01(\t\x12\x12\n\ndelivery_s\x18\x11 \x01(\x02\"\x9c\x01\n\x10\x41ttainmentStatus\x12\x11\n\tslo_class\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\r\n\x05joint\x18\x03 \x01(\x01\x12\x0c\n\x04ttft\x18\x04 \x01(\x01\x12\x0b\n\x03tbt\x18\x05 \x01(\x01\x12\x12\n\nttft_p50_s\x18\x06 \x01(\x01\x12\x12\n\nttft_p99_s\x18\x07 \x01(\x01\x12\x11\n\tgap_p99_s\x18\x08 \x01(\x01\"\x91\x03\n\x11GetStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.ascendra.v1.WorkerStatus\x12\x31\n\nattainment\x18\x04 \x03(\x0b\x32\x1d.ascendra.v1.AttainmentStatus\x12\x10\n\x08window_s\x18\x05 \x01(\x01\x12\x15\n\rlive_requests\x18\x06 \x01(\r\x12\x19\n\x11prediction_policy\x18\x07 \x01(\t\x12\x1b\n\x13predictor_connected\x18\x08 \x01(\x08\x12>\n\x08\x63ounters\x18\t \x03(\x0b\x32,.ascendra.v1.GetStatusResponse.CountersEntry\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x12\x15\n\rheld_requests\x18\x0b \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\")\n\x12WatchStatusRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"E\n\x13WatchStatusResponse\x12.\n\x06status\x18\x01 \x01(\x0b\x32\x1e.ascendra.v1.GetStatusResponse\"K\n\x15RegisterWorkerRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"+\n\x16RegisterWorkerResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\"D\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ascendra.v1.Role\"2\n\x0fSetRoleResponse\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.ascendra.v1.Role\";\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"4\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"]\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x02 \x01(\x01\x12\x11\n\tmiss_ttft\x18\x03 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x04 \x01(\t\"\xa9\x01\n\x08\x44\x65\x63ision\x12\r\n\x05\x61t_ms\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12\x16\n\x0e\x66rom_worker_id\x18\x04 \x01(\t\x12\x14\n\x0cto_worker_id\x18\x05 \x01(\t\x12*\n\ncandidates\x18\x06 \x03(\x0b\x32\x16.ascendra.v1.Candidate\x12\x18\n\x10predicted_ttft_s\x18\x07 \x01(\x01\"\x88\x01\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\tdecisions\x18\x02 \x03(\x0b\x32\x15.ascendra.v1.Decision\x12(\n\x07receipt\x18\x03 \x01(\x0b\x32\x17.ascendra.v1.SloReceipt\x12\r\n\x05state\x18\x04 \x01(\t*\x9b\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1c\n\x18WORKER_HEALTH_CONNECTING\x10\x02\x12\x19\n\x15WORKER_HEALTH_TRIPPED\x10\x03\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x04\x32\xe9\x03\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1d.ascendra.v1.GetStatusRequest\x1a\x1e.ascendra.v1.GetStatusResponse\x12R\n\x0bWatchStatus\x12\x1f.ascendra.v1.WatchStatusRequest\x1a .ascendra.v1.WatchStatusResponse0\x01\x12Y\n\x0eRegisterWorker\x12\".ascendra.v1.RegisterWorkerRequest\x1a#.ascendra.v1.RegisterWorkerResponse\x12\x44\n\x07SetRole\x12\x1b.ascendra.v1.SetRoleRequest\x1a\x1c.ascendra.v1.SetRoleResponse\x12P\n\x0b\x44rainWorker\x12\x1f.ascendra.v1.DrainWorkerRequest\x1a .ascendra.v1.DrainWorkerResponse\x12\x44\n\x07\x45xplain\x12\x1b.ascendra.v1.ExplainRequest\x1a\x1c.ascendra.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,42 +35,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERHEALTH']._serialized_start=1968
-  _globals['_WORKERHEALTH']._serialized_end=2123
+  _globals['_WORKERHEALTH']._serialized_start=1988
+  _globals['_WORKERHEALTH']._serialized_end=2143
   _globals['_GETSTATUSREQUEST']._serialized_start=97
   _globals['_GETSTATUSREQUEST']._serialized_end=115
   _globals['_WORKERSTATUS']._serialized_start=118
-  _globals['_WORKERSTATUS']._serialized_end=481
-  _globals['_ATTAINMENTSTATUS']._serialized_start=484
-  _globals['_ATTAINMENTSTATUS']._serialized_end=640
-  _globals['_GETSTATUSRESPONSE']._serialized_start=643
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1044
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=997
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1044
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=1046
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=1087
-  _globals['_WATCHSTATUSRESPONSE']._serialized_start=1089
-  _globals['_WATCHSTATUSRESPONSE']._serialized_end=1158
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=1160
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=1235
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=1237
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=1280
-  _globals['_SETROLEREQUEST']._serialized_start=1282
-  _globals['_SETROLEREQUEST']._serialized_end=1350
-  _globals['_SETROLERESPONSE']._serialized_start=1352
-  _globals['_SETROLERESPONSE']._serialized_end=1402
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1404
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1463
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=1465
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=1505
-  _globals['_EXPLAINREQUEST']._serialized_start=1507
-  _globals['_EXPLAINREQUEST']._serialized_end=1559
-  _globals['_CANDIDATE']._serialized_start=1561
-  _globals['_CANDIDATE']._serialized_end=1654
-  _globals['_DECISION']._serialized_start=1657
-  _globals['_DECISION']._serialized_end=1826
-  _globals['_EXPLAINRESPONSE']._serialized_start=1829
-  _globals['_EXPLAINRESPONSE']._serialized_end=1965
-  _globals['_CLUSTERSERVICE']._serialized_start=2126
-  _globals['_CLUSTERSERVICE']._serialized_end=2615
+  _globals['_WORKERSTATUS']._serialized_end=501
+  _globals['_ATTAINMENTSTATUS']._serialized_start=504
+  _globals['_ATTAINMENTSTATUS']._serialized_end=660
+  _globals['_GETSTATUSRESPONSE']._serialized_start=663
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1064
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1017
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1064
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=1066
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=1107
+  _globals['_WATCHSTATUSRESPONSE']._serialized_start=1109
+  _globals['_WATCHSTATUSRESPONSE']._serialized_end=1178
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=1180
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=1255
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=1257
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=1300
+  _globals['_SETROLEREQUEST']._serialized_start=1302
+  _globals['_SETROLEREQUEST']._serialized_end=1370
+  _globals['_SETROLERESPONSE']._serialized_start=1372
+  _globals['_SETROLERESPONSE']._serialized_end=1422
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1424
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1483
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=1485
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=1525
+  _globals['_EXPLAINREQUEST']._serialized_start=1527
+  _globals['_EXPLAINREQUEST']._serialized_end=1579
+  _globals['_CANDIDATE']._serialized_start=1581
+  _globals['_CANDIDATE']._serialized_end=1674
+  _globals['_DECISION']._serialized_start=1677
+  _globals['_DECISION']._serialized_end=1846
+  _globals['_EXPLAINRESPONSE']._serialized_start=1849
+  _globals['_EXPLAINRESPONSE']._serialized_end=1985
+  _globals['_CLUSTERSERVICE']._serialized_start=2146
+  _globals['_CLUSTERSERVICE']._serialized_end=2635
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "address", "health", "role", "model", "engine", "waiting", "running", "queued_prefill_tokens", "kv_usage", "predicted_ttft_s", "age_s", "round_trip_s", "tokens_per_s", "model_source", "policy")
+    __slots__ = ("worker_id", "address", "health", "role", "model", "engine", "waiting", "running", "queued_prefill_tokens", "kv_usage", "predicted_ttft_s", "age_s", "round_trip_s", "tokens_per_s", "model_source", "policy", "delivery_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class WorkerStatus(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_SOURCE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     health: WorkerHealth
@@ -60,7 +61,8 @@ class WorkerStatus(_message.Message):
     tokens_per_s: float
     model_source: str
     policy: str
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., health: _Optional[_Union[WorkerHealth, str]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., age_s: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., model_source: _Optional[str] = ..., policy: _Optional[str] = ...) -> None: ...
+    delivery_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., health: _Optional[_Union[WorkerHealth, str]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., age_s: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., model_source: _Optional[str] = ..., policy: _Optional[str] = ..., delivery_s: _Optional[float] = ...) -> None: ...
 
 class AttainmentStatus(_message.Message):
     __slots__ = ("slo_class", "requests", "joint", "ttft", "tbt", "ttft_p50_s", "ttft_p99_s", "gap_p99_s")

@@ -100,9 +100,9 @@ async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
                     watch = CpuWatch()
                     report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
                     cpu = watch.cores()
-                    policy = await prediction_policy(router)
+                    facts = await facts_at_end(router)
                 result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
-                file.append(result | {"prediction_policy_at_end": policy})
+                file.append(result | facts)
                 print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%} {cpu}", file=sys.stderr)
 
 
@@ -115,12 +115,17 @@ def target_names(arguments: argparse.Namespace) -> list[str]:
     return [name for given in arguments.systems for name in (TABLE if given == "table" else [given])]
 
 
-async def prediction_policy(router: str) -> str:
-    """Return who predicts at a router now, as its status has it; empty without a router."""
+async def facts_at_end(router: str) -> dict[str, Any]:
+    """Return who predicts at a router now and what room its workers leave in gaps; nothing without a router."""
     if not router:
-        return ""
+        return {}
     async with AsyncClient(router) as client:
-        return (await client.status()).prediction_policy
+        status = await client.status()
+    rooms_s = [worker.delivery_s for worker in status.workers]
+    return {
+        "prediction_policy_at_end": status.prediction_policy,
+        "delivery_s_at_end": statistics.median(rooms_s) if rooms_s else 0.0,
+    }
 
 
 async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> tuple[Target, str]:

@@ -155,6 +155,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             tokens_per_s=instance.rate(now_s),
             model_source=view.model.source,
             policy=link.refused_why or " ".join(name for name in names if name),
+            delivery_s=instance.delivery_s,
         )
 
     def _link(self, worker_id: str) -> WorkerLink:

@@ -152,6 +152,11 @@ class Instance:
                 self.queued_prefill_tokens = 0
 
     @property
+    def delivery_s(self) -> float:
+        """Room that its steps leave in each gap, as it says; 0 under a static budget and before its first step."""
+        return self.budget.delivery_s if self.budget.kind == DYNAMIC and self._steps_seen else 0.0
+
+    @property
     def observed_step_s(self) -> float:
         """Smoothed seconds of its last steps; 0 while it is idle."""
         return self._any_step_s if self.running else 0.0
