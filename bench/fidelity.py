@@ -1,10 +1,9 @@
 """The simulator against the live cluster: the same requests, the same settings, the numbers side by side.
 
-python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 44 53 \\
+python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 42 53 \\
     --seeds 1 --seconds 30 --warmup-s 8 --drain-s 15 --out bench/results/fidelity-live.json
 python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azure-conv-42rps.json \\
-    --systems unified ascendra vllm-rr-640 vllm-least-640 --trace conv.csv.gz --delivery-ms 10 \\
-    --out bench/results/fidelity.json
+    --systems unified ascendra vllm-rr-640 vllm-least-640 --trace conv.csv.gz --out bench/results/fidelity.json
 """
 
 import argparse
@@ -25,7 +24,6 @@ from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import StepTimeTruth
 from bench.simulator.systems import simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
-from services.policy.token_budget import BudgetPolicy
 
 RUN = ("system", "rate_rps", "seed")
 """What names a run in a result file."""
@@ -48,7 +46,7 @@ def simulated(
     """Serve in virtual time what a live run of these settings was sent.
 
     Args:
-        delivery_s: room that dynamic budgets leave in each gap for delivery.
+        delivery_s: room that dynamic budgets leave in each gap for delivery; 0: the default.
     """
     warmup_s, seconds = float(settings["warmup_s"]), float(settings["seconds"])
     workload = fitting(
@@ -74,7 +72,8 @@ def simulated(
         seed=seed,
     )
     policies = system_named(simulated_name(system))
-    policies = replace(policies, budget=replace(policies.budget, delivery_s=delivery_s))
+    if delivery_s:
+        policies = replace(policies, budget=replace(policies.budget, delivery_s=delivery_s))
     records = simulate(policies, workload, config).records
     return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
 
@@ -97,7 +96,7 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
         off = compared(live, model)
         marks = {name: "" if abs(value) <= TTFT_AIM else " (!)" for name, value in off.items()}
         marks["joint_points"] = "" if abs(off["joint_points"]) <= POINTS_AIM else " (!)"
-        room = "-" if cell["system"].startswith("vllm") else f"{1000 * cell['delivery_s']:.1f}"
+        room = f"{1000 * cell['delivery_s']:.1f}" if cell["delivery_s"] else "-"
         row = [cell["system"], f"{cell['rate_rps']:g}", str(cell["seed"]), room, f"{live['joint']:.1%}"]
         row.append(f"{model['joint']:.1%}{marks['joint_points']}")
         for name in ("ttft_p50_s", "ttft_p90_s"):
@@ -112,12 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("live", type=Path, nargs="+", help="result files of bench.live")
     parser.add_argument("--trace", type=Path, required=True, help="the trace file of that run")
     parser.add_argument("--systems", nargs="+", help="of those in the file; default: all")
-    parser.add_argument(
-        "--delivery-ms",
-        type=float,
-        default=1000 * BudgetPolicy().delivery_s,
-        help="room that workers left in each gap, where the file does not say",
-    )
     parser.add_argument("--out", type=Path, help="JSON file for the pairs")
     args = parser.parse_args(argv)
     documents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in args.live}
@@ -127,10 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings["trace"] != args.trace.name:
             parser.error(f"{name} was measured with {settings['trace']}")
         for result in document["results"]:
-            if args.systems and result["system"] not in args.systems:
-                continue
+            unlike = "delivery_s_at_end" not in result and not result["system"].startswith("vllm")
+            if unlike or (args.systems and result["system"] not in args.systems):
+                continue  # unlike: the room that its workers left is not known
             run = dict(zip(RUN, (result[key] for key in RUN), strict=True))
-            delivery_s = result.get("delivery_s_at_end") or args.delivery_ms / 1000
+            delivery_s = result.get("delivery_s_at_end", 0.0)
             report = simulated(settings, args.trace, run["system"], run["rate_rps"], run["seed"], delivery_s)
             cells.append({**run, "delivery_s": delivery_s, "live": result["report"], "simulated": report.as_dict()})
     cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))
