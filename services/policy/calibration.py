@@ -117,8 +117,9 @@ class CalibrationPolicy:
     """... and the one that restores it."""
     recent: int = 60
     """Outcomes that "recent" averages over."""
-    adapt: float = 0.01
-    """How fast the level behind the stated 90% bound follows misses (adaptive conformal inference)."""
+    adapt: float = 0.003
+    """How fast the level behind the stated 90% bound follows misses (adaptive conformal inference). Bounds are stated
+    anew after some hundred outcomes only: a level that follows faster overshoots, and coverage falls."""
 
 
 class DriftAlarm:

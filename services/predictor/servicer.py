@@ -80,7 +80,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
 
     def _learn(self, models: WorkerModels, step: common_pb2.StepTelemetry) -> bool:
         if models.observe(shape_from_proto(step), step.step_s):
-            if 0 < step.delivery_s <= MAX_ALLOWANCE_S:
+            if 0 < step.delivery_s <= 1.01 * MAX_ALLOWANCE_S:  # of the wire's precision
                 models.delivery_s = step.delivery_s
             metrics.STEPS.inc()
             return True

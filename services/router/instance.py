@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.wire import ROLE_FROM_PROTO
+from services.policy.delivery import MAX_ALLOWANCE_S
 from services.policy.liveness import RecentMaximum, stall_limit_s
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
@@ -133,7 +134,8 @@ class Instance:
         self.kv_usage = step.kv_usage
         if self.budget.kind == STATIC and step.token_budget not in (0, self.budget.static_tokens):
             self.adopt(self.policy, step.token_budget)
-        if abs(step.delivery_s - self.budget.delivery_s) > _DELIVERY_PRECISION_S and step.delivery_s > 0:
+        changed = abs(step.delivery_s - self.budget.delivery_s) > _DELIVERY_PRECISION_S
+        if changed and 0 < step.delivery_s <= MAX_ALLOWANCE_S + _DELIVERY_PRECISION_S:
             self.budget = replace(self.budget, delivery_s=step.delivery_s)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens
