@@ -182,7 +182,7 @@ class RouterConfig:
     late_binding: LateBindingPolicy = option(LateBindingPolicy(), "when a worker has room, under --placement late")
     kv_move_policy: KvMovePolicy = option(KvMovePolicy(), "prior and bounds of KV transfers")
     role_policy: RolePolicy = option(RolePolicy(), "share and hysteresis of HP workers under elastic-roles")
-    budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, for predictions")
+    budget_policy: BudgetPolicy = option(BudgetPolicy(), "how workers size their steps, where they do not say")
 
     def __post_init__(self) -> None:
         check_listener(self.listen, self.tls, self.insecure)
