@@ -12,6 +12,11 @@ MAX_ALLOWANCE_S = 0.03
 """A path that adds more than this is broken; smaller steps would not mend it, and prefill would starve."""
 
 
+def is_allowance(room_s: float) -> bool:
+    """Return whether somebody else's word can be the room that is left in gaps: stated, and no more than is given."""
+    return 0 < room_s <= MAX_ALLOWANCE_S
+
+
 class DeliverySpread:
     """Learns it from the arrivals of consecutive steps' tokens; bounded, and forgets after `_WINDOW_STEPS` steps."""
 

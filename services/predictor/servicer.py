@@ -17,7 +17,7 @@ from services.common.wire import (
     shape_from_proto,
 )
 from services.policy.calibration import SLICE_LIMITS_S, Confidence
-from services.policy.delivery import MAX_ALLOWANCE_S
+from services.policy.delivery import is_allowance
 from services.policy.step_time import StepTimeModel
 from services.predictor import metrics
 from services.predictor.assess import answer
@@ -80,7 +80,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServiceServicer):
 
     def _learn(self, models: WorkerModels, step: common_pb2.StepTelemetry) -> bool:
         if models.observe(shape_from_proto(step), step.step_s):
-            if 0 < step.delivery_s <= 1.01 * MAX_ALLOWANCE_S:  # of the wire's precision
+            if is_allowance(step.delivery_s):
                 models.delivery_s = step.delivery_s
             metrics.STEPS.inc()
             return True

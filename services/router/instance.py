@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ascendra.v1 import common_pb2, worker_pb2
 from services.common.wire import ROLE_FROM_PROTO
-from services.policy.delivery import MAX_ALLOWANCE_S
+from services.policy.delivery import is_allowance
 from services.policy.liveness import RecentMaximum, stall_limit_s
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
@@ -14,8 +14,6 @@ from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
-_DELIVERY_PRECISION_S = 1e-6
-"""Less is the rounding of the wire."""
 
 
 @dataclass(slots=True)
@@ -134,8 +132,7 @@ class Instance:
         self.kv_usage = step.kv_usage
         if self.budget.kind == STATIC and step.token_budget not in (0, self.budget.static_tokens):
             self.adopt(self.policy, step.token_budget)
-        changed = abs(step.delivery_s - self.budget.delivery_s) > _DELIVERY_PRECISION_S
-        if changed and 0 < step.delivery_s <= MAX_ALLOWANCE_S + _DELIVERY_PRECISION_S:
+        if step.delivery_s != self.budget.delivery_s and is_allowance(step.delivery_s):
             self.budget = replace(self.budget, delivery_s=step.delivery_s)
         self.view.decodes = step.decodes
         self.view.decode_context_tokens = step.decode_context_tokens

@@ -13,7 +13,7 @@ from services.common import span_names
 from services.common.logging import get_logger
 from services.common.tracing import Tracer
 from services.common.wire import ROLE_FROM_PROTO, ROLE_TO_PROTO
-from services.policy.delivery import MAX_ALLOWANCE_S
+from services.policy.delivery import is_allowance
 from services.worker import metrics
 from services.worker.config import WorkerConfig
 from services.worker.engine.contract import Engine, EngineDead, KvTransferInfo, StepReport
@@ -229,7 +229,7 @@ class Worker:
 
     def note_delivery(self, router_id: str, gap_inflation_s: float) -> bool:
         """Take in what a router measured; tell whether the engine should hear of it."""
-        if 0 < gap_inflation_s <= MAX_ALLOWANCE_S:
+        if is_allowance(gap_inflation_s):
             self._deliveries_s[router_id] = gap_inflation_s
         else:
             self._deliveries_s.pop(router_id, None)
