@@ -35,18 +35,12 @@ async def test_attempts_are_linked_and_decisions_are_events(tokenizer_directory:
     """A worker that refuses, then another: two attempts under the request's span, the second linked to the first."""
     bad, good = ScriptedWorker("bad"), ScriptedWorker("good")
     bad.refuse = (14, "no room", "QUEUE_FULL")
-    await bad.start()
-    await good.start()
     async with (
         collector("127.0.0.1:0") as (spans, endpoint),
-        local_router(tokenizer_directory, [bad.address], otlp_endpoint=endpoint) as router,
+        # In turn: the first request goes to the worker whose id comes first.
+        cluster(tokenizer_directory, bad, good, otlp_endpoint=endpoint, placement="round_robin") as router,
     ):
-        await router.attached(1)
-        running = asyncio.create_task(router.collect(ask("moved")))
-        await until(lambda: bool(bad.submitted))
-        bad.refuse = None
-        router.router.pool.register(good.address, 60)
-        done = await running
+        done = await router.collect(ask("moved"))
     assert len(done.token_ids) == 8
     (request,) = spans.named("text_completion tiny")
     attempts = spans.named("attempt ")
