@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.policy.prefill import PrefillPace
-from services.policy.relegation import LATE, MOORE_HODGSON, NONE, RULES, late, moore_hodgson
+from services.policy.relegation import LATE, MOORE_HODGSON, NONE, RULES, late, moore_hodgson, worth_trying
 from services.policy.state import QueuedRequest, Role
 from services.policy.value_functions import value_function
 
@@ -20,7 +20,8 @@ class OrderPolicy:
     """"none", "late" or "moore_hodgson"."""
     caution: float = 1.05
     """Predicted times are multiplied by this before they are held against deadlines: who is given up a little early
-    costs less than who takes part of the capacity and then misses by little."""
+    costs less than who takes part of the capacity and then misses by little. Not for the next in line, while nobody
+    else would miss for it: long prompts need nearly all of their objective even alone."""
     pause_started: bool = True
     """Partly prefilled requests are ordered like all others and, when outranked, wait with their KV blocks; otherwise
     they come first. In overload it keeps 2% more of all requests and 14% more of the longest tenth."""
@@ -139,7 +140,13 @@ def _choose_dropped(
     if ahead_s + math.fsum(works_s) <= pace.work_within_s(min(rooms_s)):
         return set()
     choose = late if policy.relegation == LATE else moore_hodgson
-    return set(choose([pace.work_within_s(room_s) for room_s in rooms_s], works_s, ahead_s))
+    limits_s = [pace.work_within_s(room_s) for room_s in rooms_s]
+    dropped = set(choose(limits_s, works_s, ahead_s))
+    if not ahead_s and 0 in dropped:
+        hoped_s = [pace.work_within_s(entry[-1].deadline_s - now_s) for entry in entries]
+        tried = worth_trying(dropped, limits_s, hoped_s, works_s)
+        return dropped if tried is None else dropped - {tried}
+    return dropped
 
 
 def _hopeful_first(

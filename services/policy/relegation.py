@@ -1,7 +1,7 @@
 """Whom to give up when not everybody can make it, and how those given up still get their turn."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 NONE, LATE, MOORE_HODGSON = "none", "late", "moore_hodgson"
 RULES = (NONE, LATE, MOORE_HODGSON)
@@ -29,6 +29,33 @@ def moore_hodgson(limits_s: Sequence[float], works_s: Sequence[float], ahead_s: 
             work_s -= works_s[longest]
             dropped.append(longest)
     return dropped
+
+
+def worth_trying(
+    dropped: Collection[int], limits_s: Sequence[float], hoped_s: Sequence[float], works_s: Sequence[float]
+) -> int | None:
+    """Return the given-up job, if any, that is next in line, is expected to make it, and makes no kept one miss.
+
+    To give up early who may be late by little spares the others. Where nothing is ahead of such a job and nobody would
+    miss for it, it is worth the attempt: its work is due in any case.
+
+    Args:
+        dropped: indices of the jobs given up.
+        limits_s: most work that is sure to be done by each job's deadline, in the order of service.
+        hoped_s: the same, as it is expected.
+        works_s: work of each job.
+    """
+    first_kept = next((i for i in range(len(works_s)) if i not in dropped), len(works_s))
+    tried = next((i for i in range(first_kept) if works_s[i] <= hoped_s[i]), None)
+    if tried is None:
+        return None
+    through_s = works_s[tried]
+    for i in range(first_kept, len(works_s)):
+        if i not in dropped:
+            through_s += works_s[i]
+            if through_s > limits_s[i]:
+                return None
+    return tried
 
 
 def late(limits_s: Sequence[float], works_s: Sequence[float], ahead_s: float = 0.0) -> list[int]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from services.policy.calibration import LEVELS, P50, P90, SLICE_LIMITS_S, ResidualSlice, prior_slices
 from services.policy.order import OrderPolicy
 from services.policy.prefill import ROUNDING_S, PrefillPace, prefill_pace
-from services.policy.relegation import MOORE_HODGSON, NONE, late, moore_hodgson
+from services.policy.relegation import MOORE_HODGSON, NONE, late, moore_hodgson, worth_trying
 from services.policy.step_time import StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
 from services.policy.value_functions import HYBRID_ALPHA, value_function
@@ -93,10 +93,11 @@ def assess(
     pace = _Paces.of(paces)
     work_s = pace.work_s(tokens=prompt_tokens)
     keys = np.broadcast_to(_keys(value, pace.finish_s(work_s), age_s, ttft_slo_s), work_s.shape)
-    within_s = pace.work_within_s((ttft_slo_s - age_s) / _CAUTION)
+    left_s = ttft_slo_s - age_s
+    within_s = pace.work_within_s(left_s / _CAUTION)
     ahead_s = np.array(
         [
-            _ahead_s(paces[i], one, residents[i], work_s[i], keys[i], within_s[i], age_s, relegation)
+            _ahead_s(paces[i], one, residents[i], work_s[i], keys[i], within_s[i], left_s, age_s, relegation)
             for i, one in enumerate(instances)
         ]
     )
@@ -199,6 +200,7 @@ def _ahead_s(
     work_s: Floats,
     keys: Floats,
     within_s: Floats,
+    left_s: Floats,
     age_s: Floats,
     relegation: str,
 ) -> Floats:
@@ -206,13 +208,20 @@ def _ahead_s(
 
     Args:
         keys: order of the queue.
-        within_s: most work that is done by each request's deadline.
+        within_s: most work that is sure to be done by each request's deadline.
+        left_s: seconds until that.
     """
     in_progress_s = pace.work_s(instance.in_progress_tokens) if instance.in_progress_tokens else 0.0
     if not len(residents):
         return np.full(len(work_s), in_progress_s)
     queue = residents[np.lexsort((-age_s[residents], keys[residents]))]
     dropped = _given_up(relegation, queue, work_s, within_s, in_progress_s)
+    if not in_progress_s and queue[0] in dropped:
+        positions = np.flatnonzero(np.isin(queue, dropped)).tolist()
+        hoped_s = [pace.work_within_s(own_s) for own_s in left_s[queue].tolist()]
+        tried = worth_trying(positions, within_s[queue].tolist(), hoped_s, work_s[queue].tolist())
+        if tried is not None:
+            dropped.remove(int(queue[tried]))
     stays = np.ones(len(work_s), dtype=bool)
     stays[dropped] = False
     kept = queue[stays[queue]]

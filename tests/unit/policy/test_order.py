@@ -142,3 +142,19 @@ def test_relegated_requests_that_still_make_it_come_before_hopeless_ones() -> No
     """With room to spare, a relegated request whose deadline is reachable is served before older lost ones."""
     queue = [waiting("lost", 100, -10.0, relegated=True), waiting("hopeful", 100, 0.0, relegated=True)]
     assert names(order_waiting(queue, 0.0, PACE, OrderPolicy()).ordered) == ["hopeful", "lost"]
+
+
+def test_the_next_in_line_is_given_up_only_when_it_is_sure_to_miss_or_another_would() -> None:
+    """A prompt that takes nearly all of its objective is tried while that costs nobody else theirs."""
+    alone_s = PACE.finish_s(PACE.work_s(7000))
+    policy = OrderPolicy()
+    tight = waiting("tight", 7000, 0.0, alone_s * (1 + policy.caution) / 2)
+
+    def given_up(*others: QueuedRequest) -> list[str]:
+        return order_waiting([tight, *others], 0.0, PACE, policy).newly_relegated
+
+    assert given_up() == []
+    assert given_up(waiting("patient", 1000, 0.0, 3 * alone_s)) == []
+    assert given_up(waiting("behind it", 1000, 0.0, 1.06 * alone_s)) == ["tight"]
+    assert given_up(waiting("ahead of it", 1, 0.0, 0.5 * alone_s)) == ["tight"]
+    assert order_waiting([tight], 0.06 * alone_s, PACE, policy).newly_relegated == ["tight"]
