@@ -4,6 +4,7 @@ import enum
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 SLICE_LIMITS_S: tuple[tuple[str, float], ...] = (("idle", 0.02), ("busy", 0.5), ("saturated", 0.0))
 """Load slices: name and most seconds of queue ahead; 0 is no limit."""
@@ -40,6 +41,7 @@ class ResidualSlice:
         return _interpolate(level, self.levels, self.ratios)
 
 
+@cache
 def prior_slices() -> tuple[ResidualSlice, ...]:
     """Return the residuals assumed before anything was learned."""
     return tuple(

@@ -22,11 +22,17 @@ def moore_hodgson(limits_s: Sequence[float], works_s: Sequence[float], ahead_s: 
     dropped = []
     work_s = ahead_s
     for index in sorted(range(len(works_s)), key=limits_s.__getitem__):
-        heapq.heappush(kept, (-works_s[index], index))
-        work_s += works_s[index]
-        while kept and work_s > limits_s[index]:
-            longest = heapq.heappop(kept)[1]
-            work_s -= works_s[longest]
+        own_s, limit_s = works_s[index], limits_s[index]
+        work_s += own_s
+        if work_s <= limit_s:
+            heapq.heappush(kept, (-own_s, index))
+            continue
+        minus_s, longest = heapq.heappushpop(kept, (-own_s, index))
+        work_s += minus_s
+        dropped.append(longest)
+        while kept and work_s > limit_s:
+            minus_s, longest = heapq.heappop(kept)
+            work_s += minus_s
             dropped.append(longest)
     return dropped
 

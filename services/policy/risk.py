@@ -94,10 +94,13 @@ def assess(
     work_s = pace.work_s(tokens=prompt_tokens)
     keys = np.broadcast_to(_keys(value, pace.finish_s(work_s), age_s, ttft_slo_s), work_s.shape)
     left_s = ttft_slo_s - age_s
+    by_deadline = np.argsort(left_s)
     within_s = pace.work_within_s(left_s / _CAUTION)
     ahead_s = np.array(
         [
-            _ahead_s(paces[i], one, residents[i], work_s[i], keys[i], within_s[i], left_s, age_s, relegation)
+            _ahead_s(
+                paces[i], one, residents[i], work_s[i], keys[i], within_s[i], left_s, age_s, relegation, by_deadline
+            )
             for i, one in enumerate(instances)
         ]
     )
@@ -203,6 +206,7 @@ def _ahead_s(
     left_s: Floats,
     age_s: Floats,
     relegation: str,
+    by_deadline: Ints,
 ) -> Floats:
     """Return the prefill work that is done before each request if it is (or were) in this instance's queue.
 
@@ -210,6 +214,7 @@ def _ahead_s(
         keys: order of the queue.
         within_s: most work that is sure to be done by each request's deadline.
         left_s: seconds until that.
+        by_deadline: rows in that order. Nearly that of most keys: sought in it, they are found twice as fast.
     """
     in_progress_s = pace.work_s(instance.in_progress_tokens) if instance.in_progress_tokens else 0.0
     if not len(residents):
@@ -226,7 +231,8 @@ def _ahead_s(
     stays[dropped] = False
     kept = queue[stays[queue]]
     through_s = np.concatenate([[in_progress_s], in_progress_s + np.cumsum(work_s[kept])])
-    ahead_s = through_s[np.searchsorted(keys[kept], keys, side="right")]
+    ahead_s = np.empty(len(work_s))
+    ahead_s[by_deadline] = through_s[np.searchsorted(keys[kept], keys[by_deadline], side="right")]
     ahead_s[kept] = through_s[:-1]
     if dropped:
         behind = np.array(sorted(dropped, key=lambda row: -age_s[row]))
