@@ -75,6 +75,10 @@ class PrefillPace:
             return self.small_overhead_s + work_s * self.small_ratio
         return math.ceil(work_s / self.capacity_s) * self.overhead_s + work_s
 
+    def filled_s(self, work_s: float, behind_s: float) -> float:
+        """Return what is done in the steps that this much work takes: others who wait fill up the last of them."""
+        return min(max(math.ceil(work_s / self.capacity_s), 1) * self.capacity_s, work_s + behind_s)
+
     def work_within_s(self, time_s: float) -> float:
         """Return the most work that is done within a time: the inverse of `finish_s`; negative when not even a step."""
         steps, rest_s = divmod(time_s, self.step_s)
@@ -126,32 +130,48 @@ class StepInProgress:
     """Seconds until it ends."""
     work_s: float = 0.0
     """Prefill work of the queue, as the decider knows it, that is done by then."""
+    unheard_s: float = 0.0
+    """Of it, in steps that were not heard of yet: these may have taken in whoever came during the one before."""
 
-    def estimate(self, pace: PrefillPace, before_s: float, own_s: float, hop_s: float = 0.0) -> TtftEstimate:
+    def estimate(
+        self, pace: PrefillPace, before_s: float, own_s: float, hop_s: float = 0.0, behind_s: float = 0.0
+    ) -> TtftEstimate:
         """Predict a request.
 
         Args:
             before_s: prefill work served before it, in seconds, the running step's included.
             own_s: its own prefill work, in seconds.
             hop_s: seconds of its way there and back.
+            behind_s: prefill work that waits behind it and fills up its last step.
         """
         hop_s += self.left_s
         through_s = before_s + own_s - self.work_s
         if through_s <= ROUNDING_S:  # its last chunk is in the running step
             return TtftEstimate(hop_s, 0.0, 0.0, hop_s)
         ahead_s = before_s - self.work_s
-        done_s = pace.finish_s(through_s)
+        done_s = pace.finish_s(pace.filled_s(through_s, behind_s))
         # What is ahead may end in the very step in which this one starts.
         wait_s = min(pace.finish_s(ahead_s), done_s) if ahead_s > 0 else 0.0
         return TtftEstimate(hop_s + done_s, wait_s, done_s - wait_s, hop_s)
 
-    def newcomer(self, pace: PrefillPace, before_s: float, own_s: float, hop_s: float) -> TtftEstimate:
+    def newcomer(
+        self,
+        pace: PrefillPace,
+        before_s: float,
+        own_s: float,
+        hop_s: float,
+        *,
+        taken_in_s: float = math.inf,
+        behind_s: float = 0.0,
+    ) -> TtftEstimate:
         """Predict a request that the running step cannot serve: what it serves of those behind does not help.
 
-        Args: as of `estimate`.
+        Args: as of `estimate`, and
+            taken_in_s: of `before_s`, work of requests that were there when the running step began.
         """
-        ahead_s = min(self.work_s, before_s)
-        return StepInProgress(self.left_s, ahead_s).estimate(pace, before_s, own_s, hop_s)
+        ahead_s = min(self.work_s, before_s, taken_in_s + self.unheard_s)
+        behind_s = max(behind_s - (self.work_s - ahead_s), 0.0)
+        return StepInProgress(self.left_s, ahead_s).estimate(pace, before_s, own_s, hop_s, behind_s)
 
 
 NO_STEP = StepInProgress()
@@ -167,20 +187,21 @@ def step_in_progress(view: InstanceView, pace: PrefillPace) -> StepInProgress:
     elapsed_s = view.step_elapsed_s
     if elapsed_s is None:
         return NO_STEP
-    work_s = 0.0
+    work_s = heard_s = 0.0
     tokens = view.step_queued_tokens
-    for _ in range(_STEPS_UNHEARD):
+    for number in range(_STEPS_UNHEARD):
         if not tokens and not view.decodes:
             break
         chunk = min(tokens, pace.budget_tokens)
         tokens -= chunk
         chunk_s = pace.work_s(chunk)
         work_s += chunk_s
+        heard_s = heard_s if number else chunk_s
         step_s = pace.finish_s(chunk_s)
         if elapsed_s < step_s:
-            return StepInProgress(step_s - elapsed_s, work_s)
+            return StepInProgress(step_s - elapsed_s, work_s, work_s - heard_s)
         elapsed_s -= step_s
-    return StepInProgress(0.0, work_s)
+    return StepInProgress(0.0, work_s, work_s - heard_s)
 
 
 def predict_in_order(

@@ -124,5 +124,16 @@ def newcomer_in_order(
     load, tightest_s = DecodeLoad(view.decodes, view.decode_context_tokens), view.min_tbt_s or math.inf
     ordered, given_up = result.ordered, result.newly_relegated
     pace = calm_pace(budget, view.model, load, tightest_s, ordered, given_up, now_s) or pace
-    before_s = sum(map(pace.remaining_work_s, ordered[: ordered.index(request)]))
-    return step_in_progress(view, pace).newcomer(pace, before_s, pace.remaining_work_s(request), view.hop_s)
+    works_s = list(map(pace.remaining_work_s, ordered))
+    place = ordered.index(request)
+    taken_in_s = sum(
+        work_s for queued, work_s in zip(ordered[:place], works_s, strict=False) if queued.counted or queued.started
+    )
+    return step_in_progress(view, pace).newcomer(
+        pace,
+        sum(works_s[:place]),
+        works_s[place],
+        view.hop_s,
+        taken_in_s=taken_in_s,
+        behind_s=sum(works_s[place + 1 :]),
+    )

@@ -9,7 +9,7 @@ from services.policy.delivery import is_allowance
 from services.policy.liveness import RecentMaximum, stall_limit_s
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
-from services.policy.telemetry import note_counted, see_step, share_out_progress
+from services.policy.telemetry import INTO_ENGINE_S, note_counted, see_step, share_out_progress
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
 from services.router.request import LiveRequest
 
@@ -228,7 +228,7 @@ class Instance:
         """Bring the view up to date and return it."""
         view = self.view
         view.model = model
-        view.hop_s = self.round_trip_s
+        view.hop_s = self.round_trip_s + INTO_ENGINE_S
         view.report_age_s = now_s - self.last_message_s
         view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)

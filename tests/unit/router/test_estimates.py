@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -68,17 +69,45 @@ def test_a_newcomer_overtakes_on_hp_those_who_can_wait() -> None:
     assert wait_s(Role.LOW, patient) > alone_s
 
 
+def running_view(*queue: QueuedRequest) -> InstanceView:
+    """Return an instance that runs a step beside decodes."""
+    view = InstanceView(worker_id="w", role=Role.LOW, model=A100_LLAMA3_8B, queue=[*queue], decodes=20, min_tbt_s=0.1)
+    view.step_elapsed_s = 0.05
+    view.step_queued_tokens = sum(queued.remaining_tokens for queued in queue if queued.counted)
+    return view
+
+
+def predicted_s(view: InstanceView, comes: QueuedRequest) -> float:
+    """Predict a request that is sent there now."""
+    return newcomer_in_order(view, comes, NOW_S, OrderPolicy(), BudgetPolicy(calm_factor=0.0)).mean_s
+
+
 def test_the_running_step_does_not_serve_who_is_sent_now() -> None:
     """Though it is ordered before all that wait, and the running step computes more than its prompt."""
-    present = [waiting("others", 3000, 60.0, started=True, counted=True)]
-    view = InstanceView(worker_id="w", role=Role.LOW, model=A100_LLAMA3_8B, queue=present, decodes=20, min_tbt_s=0.1)
-    view.step_elapsed_s, view.step_queued_tokens = 0.05, 3000
+    view = running_view(waiting("others", 3000, 60.0, started=True, counted=True))
     pace = instance_pace(view, BUDGET)
     left_s = step_in_progress(view, pace).left_s
-    budget = BudgetPolicy(calm_factor=0.0)
-    estimate = newcomer_in_order(view, waiting("new", 300, 0.5), NOW_S, OrderPolicy(), budget)
     assert 0 < left_s < pace.step_s
-    assert estimate.mean_s == left_s + pace.finish_s(pace.work_s(300))
+    assert predicted_s(view, waiting("new", 300, 0.5)) == left_s + pace.step_s
+
+
+def test_who_waits_behind_fills_up_the_last_step() -> None:
+    """Alone its step would be short; whoever is behind it makes it longer, up to a full one."""
+    comes = waiting("new", 300, 0.5)
+    alone, few, many = (
+        predicted_s(running_view(waiting("behind", tokens, 60.0, counted=True)), comes) for tokens in (1, 1000, 9000)
+    )
+    assert alone < few < many
+
+
+def test_the_running_step_serves_only_who_was_there_when_it_began() -> None:
+    """What it does for a relegated request does not shorten the wait behind those who came since."""
+    relegated = waiting("relegated", 3000, 0.1, started=True, counted=True, relegated=True)
+    pace = instance_pace(running_view(), BUDGET)
+    comes = waiting("new", 300, 0.5)
+    there = running_view(relegated, waiting("ahead", 1000, 0.4, counted=True))
+    since = running_view(relegated, waiting("ahead", 1000, 0.4))
+    assert predicted_s(since, comes) == pytest.approx(predicted_s(there, comes) + pace.step_s, rel=0.05)
 
 
 def test_calm_steps_are_predicted_as_such() -> None:
