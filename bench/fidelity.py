@@ -17,11 +17,8 @@ from typing import Any
 from bench.live.__main__ import fitting, unloaded_ttft_s
 from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
-from bench.options import load_profile
+from bench.options import emulated_cluster
 from bench.result_files import commit_id, write_result
-from bench.simulator.cluster import ClusterConfig
-from bench.simulator.engine import EngineConfig
-from bench.simulator.instance import StepTimeTruth
 from bench.simulator.systems import simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
 
@@ -60,14 +57,12 @@ def simulated(
         ),
         int(settings["max_model_len"]),
     )
-    model = load_profile(settings["profile"])
-    config = ClusterConfig(
-        instances=int(settings["workers"]),
-        engine=EngineConfig(
-            kv_tokens=int(settings["kv_capacity_tokens"]), max_model_len=int(settings["max_model_len"])
-        ),
-        believed=model,
-        truth=StepTimeTruth(model=model, jitter_sigma=float(settings["jitter_sigma"])),
+    config = emulated_cluster(
+        workers=int(settings["workers"]),
+        profile=settings["profile"],
+        jitter_sigma=float(settings["jitter_sigma"]),
+        max_model_len=int(settings["max_model_len"]),
+        kv_capacity_tokens=int(settings["kv_capacity_tokens"]),
         drain_s=float(settings["drain_s"]),
         seed=seed,
     )

@@ -104,6 +104,38 @@ def cluster_from(args: argparse.Namespace, instances: int) -> ClusterConfig:
     )
 
 
+def emulated_cluster(
+    *,
+    workers: int,
+    profile: str,
+    jitter_sigma: float,
+    max_model_len: int,
+    kv_capacity_tokens: int,
+    drain_s: float,
+    seed: int,
+) -> ClusterConfig:
+    """Return what serves in virtual time as the emulated workers of a live bench do. Raises as `load_profile`.
+
+    Args:
+        workers: how many.
+        profile: name or file of their step-time model.
+        jitter_sigma: standard deviation of log(step time).
+        max_model_len: context of each, in tokens.
+        kv_capacity_tokens: KV cache of each.
+        drain_s: how long a run goes on after the last arrival.
+        seed: of the jitter.
+    """
+    model = load_profile(profile)
+    return ClusterConfig(
+        instances=workers,
+        engine=EngineConfig(kv_tokens=kv_capacity_tokens, max_model_len=max_model_len),
+        believed=model,
+        truth=StepTimeTruth(model=model, jitter_sigma=jitter_sigma),
+        drain_s=drain_s,
+        seed=seed,
+    )
+
+
 def systems_from(names: str) -> list[str]:
     """Return system names from a comma-separated list; exits with a message when one is unknown."""
     chosen = list(SYSTEMS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]

@@ -23,12 +23,9 @@ from bench.live.systems import SYSTEMS, Workers, running_system
 from bench.live.targets import ascendra_target, prompt_of
 from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
-from bench.options import load_profile
+from bench.options import emulated_cluster
 from bench.result_files import provenance, write_result
 from bench.simulator.card import PredictionCard
-from bench.simulator.cluster import ClusterConfig
-from bench.simulator.engine import EngineConfig
-from bench.simulator.instance import StepTimeTruth
 from bench.simulator.systems import simulate, system_named
 from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
 from services.common.channels import open_channel
@@ -82,12 +79,12 @@ def noted(rate_rps: float, report: Report) -> dict[str, Any]:
 
 def run_simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve every load in virtual time and return the card after the last."""
-    model = load_profile(arguments.profile)
-    config = ClusterConfig(
-        instances=arguments.workers,
-        engine=EngineConfig(kv_tokens=KV_CAPACITY_TOKENS, max_model_len=MAX_MODEL_LEN),
-        believed=model,
-        truth=StepTimeTruth(model=model, jitter_sigma=arguments.jitter_sigma),
+    config = emulated_cluster(
+        workers=arguments.workers,
+        profile=arguments.profile,
+        jitter_sigma=arguments.jitter_sigma,
+        max_model_len=MAX_MODEL_LEN,
+        kv_capacity_tokens=KV_CAPACITY_TOKENS,
         drain_s=DRAIN_S,
         seed=arguments.seed,
     )

@@ -106,19 +106,19 @@ def place(
     """
     state.tightest_ttft_s = min(request.slo.ttft_s, state.tightest_ttft_s * _FORGETTING)
     arrivals = any(view.role is not Role.HIGH and not view.draining for view in views)
-    fresh = any(_usable(view, arrivals) and view.report_age_s <= policy.stale_s for view in views)
+    fresh = any(
+        view.report_age_s <= policy.stale_s for view in views if not view.draining and not _is_reserve(view, arrivals)
+    )
     candidates = []
     open_views: _Open = []
     for view in _compared(views, policy, state, affinity_key, arrivals, fresh):
         candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
         candidates.append(candidate)
-        if view.draining:
-            candidate.excluded = "draining"
-        elif (fresh or _is_reserve(view, arrivals)) and view.report_age_s > policy.stale_s:
-            candidate.excluded = "its report is stale"
-        elif _is_reserve(view, arrivals) and candidate.ttft_s > policy.hp_fill * state.tightest_ttft_s:
-            candidate.excluded = "HP keeps its room for offloads"
-        else:
+        candidate.excluded = _closed(view, policy, arrivals, fresh)
+        reserve_s = policy.hp_fill * state.tightest_ttft_s if _is_reserve(view, arrivals) else math.inf
+        if not candidate.excluded and candidate.ttft_s > reserve_s:
+            candidate.excluded = _RESERVED
+        if not candidate.excluded:
             open_views.append((view, candidate))
     if not open_views:
         return Placement(None, "no instance takes requests", candidates)
@@ -137,12 +137,7 @@ def _compared(
     """Return the instances to predict: all, or of many that can be chosen some, the owner of the prefix among them."""
     if len(views) <= policy.compared or policy.name in (round_robin.__name__, least_requests.__name__):
         return views
-    able = [
-        view
-        for view in views
-        if (_usable(view, arrivals) and not (fresh and view.report_age_s > policy.stale_s))
-        or (_is_reserve(view, arrivals) and policy.hp_fill > 0 and view.report_age_s <= policy.stale_s)
-    ]
+    able = [view for view in views if not _closed(view, policy, arrivals, fresh)]
     if len(able) <= policy.compared:
         return able or views
     owner = state.owners.get(affinity_key) if affinity_key else None
@@ -150,8 +145,17 @@ def _compared(
     return drawn + [view for view in able if view.worker_id == owner and view not in drawn] if owner else drawn
 
 
-def _usable(view: InstanceView, arrivals: bool) -> bool:
-    return not view.draining and not _is_reserve(view, arrivals)
+_RESERVED = "HP keeps its room for offloads"
+
+
+def _closed(view: InstanceView, policy: PlacementPolicy, arrivals: bool, fresh: bool) -> str:
+    """Say why an instance takes no arrivals, whatever is predicted for it; empty when it takes them."""
+    reserve = _is_reserve(view, arrivals)
+    if view.draining:
+        return "draining"
+    if (fresh or reserve) and view.report_age_s > policy.stale_s:
+        return "its report is stale"
+    return _RESERVED if reserve and policy.hp_fill == 0 else ""
 
 
 def _is_reserve(view: InstanceView, arrivals: bool) -> bool:
