@@ -9,7 +9,6 @@ python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azu
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
 from bench.options import emulated_cluster
 from bench.result_files import commit_id, write_result
-from bench.simulator.systems import simulate, system_named
+from bench.simulator.systems import leaving_room, simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
 
 RUN = ("system", "rate_rps", "seed")
@@ -66,9 +65,7 @@ def simulated(
         drain_s=float(settings["drain_s"]),
         seed=seed,
     )
-    policies = system_named(simulated_name(system))
-    if delivery_s:
-        policies = replace(policies, budget=replace(policies.budget, delivery_s=delivery_s))
+    policies = leaving_room(system_named(simulated_name(system)), delivery_s)
     records = simulate(policies, workload, config).records
     return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
 

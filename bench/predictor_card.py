@@ -26,7 +26,7 @@ from bench.metrics import Report, summarize
 from bench.options import emulated_cluster
 from bench.result_files import provenance, write_result
 from bench.simulator.card import PredictionCard
-from bench.simulator.systems import simulate, system_named
+from bench.simulator.systems import leaving_room, simulate, system_named
 from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
 from services.common.channels import open_channel
 
@@ -88,9 +88,10 @@ def run_simulated(arguments: argparse.Namespace) -> dict[str, Any]:
         drain_s=DRAIN_S,
         seed=arguments.seed,
     )
+    system = leaving_room(system_named(arguments.system), arguments.delivery_ms / 1e3)
     card = PredictionCard()
     served = [
-        noted(rate_rps, summarize(simulate(system_named(arguments.system), workload, config, card=card).records))
+        noted(rate_rps, summarize(simulate(system, workload, config, card=card).records))
         for rate_rps, workload in loads(arguments)
     ]
     return {"loads": served, "card": card.lines(), "left_out": {"relegated": card.relegated}}
@@ -137,6 +138,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--trace", type=Path, required=True, help="trace file; formats in bench/workloads.py")
     parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser.add_argument(
+        "--delivery-ms", type=float, default=0.0, help="if simulated: room that gaps leave (default: the policy's)"
+    )
     parser.add_argument("--model", type=Path, help="model directory, for its tokenizer (see demo/); not if simulated")
     parser.add_argument("--system", default="ascendra", choices=[n for n, s in SYSTEMS.items() if s.predictor])
     parser.add_argument("--rates", type=float, nargs="+", default=[12, 30, 44], help="requests per second, in turn")

@@ -107,6 +107,7 @@ def render() -> str:
     sections["fidelity"] = optional("fidelity", lambda d: fidelity_table(d["cells"]))
     sections["predictor_card"] = optional("predictor-card", card_section)
     sections["predictor_card_simulated"] = optional("predictor-card-simulated", card_section)
+    sections["predictor_card_room"] = optional("predictor-card-simulated-room", card_section)
     sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))

@@ -176,6 +176,11 @@ def system_named(name: str) -> System:
     raise KeyError(name)
 
 
+def leaving_room(system: System, delivery_s: float) -> System:
+    """Return the system with dynamic budgets that leave so much room in each gap for delivery; 0: as it is."""
+    return replace(system, budget=replace(system.budget, delivery_s=delivery_s)) if delivery_s else system
+
+
 @dataclass(slots=True)
 class Run:
     """A finished simulation."""
