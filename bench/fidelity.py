@@ -112,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings["trace"] != args.trace.name:
             parser.error(f"{name} was measured with {settings['trace']}")
         for result in document["results"]:
-            unlike = "delivery_s_at_end" not in result and not result["system"].startswith("vllm")
+            unlike = "delivery_s" not in result and not result["system"].startswith("vllm")
             if unlike or (args.systems and result["system"] not in args.systems):
                 continue  # unlike: the room that its workers left is not known
             run = dict(zip(RUN, (result[key] for key in RUN), strict=True))
-            delivery_s = result.get("delivery_s_at_end", 0.0)
+            delivery_s = result.get("delivery_s", 0.0)
             report = simulated(settings, args.trace, run["system"], run["rate_rps"], run["seed"], delivery_s)
             cells.append({**run, "delivery_s": delivery_s, "live": result["report"], "simulated": report.as_dict()})
     cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))

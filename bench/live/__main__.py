@@ -11,8 +11,9 @@ import asyncio
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,11 @@ async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
                 async with AsyncExitStack() as stack:
                     target, router = await open_target(name, arguments, seed, stack)
                     watch = CpuWatch()
-                    report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
+                    async with watched(router) as facts:
+                        report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
                     cpu = watch.cores()
-                    facts = await facts_at_end(router)
                 result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
-                file.append(result | facts)
+                file.append(result | facts.summary())
                 print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%} {cpu}", file=sys.stderr)
 
 
@@ -115,17 +116,44 @@ def target_names(arguments: argparse.Namespace) -> list[str]:
     return [name for given in arguments.systems for name in (TABLE if given == "table" else [given])]
 
 
-async def facts_at_end(router: str) -> dict[str, Any]:
-    """Return who predicts at a router now and what room its workers leave in gaps; nothing without a router."""
-    if not router:
-        return {}
-    async with AsyncClient(router) as client:
-        status = await client.status()
-    rooms_s = [worker.delivery_s for worker in status.workers]
-    return {
-        "prediction_policy_at_end": status.prediction_policy,
-        "delivery_s_at_end": statistics.median(rooms_s) if rooms_s else 0.0,
-    }
+@dataclass(slots=True)
+class Facts:
+    """What a router said of itself during a run."""
+
+    prediction_policy: str = ""
+    """Who predicted last."""
+    rooms_s: list[float] = field(default_factory=list)
+    """Room that workers leave in gaps: their median, every second."""
+
+    async def follow(self, router: str) -> None:
+        """Ask until cancelled."""
+        async with AsyncClient(router) as client:
+            while True:
+                status = await client.status()
+                self.prediction_policy = status.prediction_policy
+                if status.workers:
+                    self.rooms_s.append(statistics.median(worker.delivery_s for worker in status.workers))
+                await asyncio.sleep(1.0)
+
+    def summary(self) -> dict[str, Any]:
+        """Return it for the result file; nothing without a router."""
+        if not self.prediction_policy:
+            return {}
+        return {
+            "prediction_policy_at_end": self.prediction_policy,
+            "delivery_s": statistics.median(self.rooms_s) if self.rooms_s else 0.0,
+        }
+
+
+@asynccontextmanager
+async def watched(router: str) -> AsyncIterator[Facts]:
+    """Follow a router while the context is open; an empty address: there is none."""
+    facts = Facts()
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(facts.follow(router)) if router else None
+        yield facts
+        if following is not None:
+            following.cancel()
 
 
 async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> tuple[Target, str]:
