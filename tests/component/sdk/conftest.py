@@ -1,6 +1,7 @@
-"""A scripted router for blocking code."""
+"""For blocking code: a scripted router, and Ctrl-C."""
 
 import asyncio
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -24,3 +25,11 @@ def router_in_a_thread() -> Iterator[ScriptedRouter]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, whatever the tests run under: shells start background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -159,7 +159,9 @@ def test_the_blocking_client_does_the_same(router_in_a_thread: ScriptedRouter) -
     assert "left" in router_in_a_thread.cancelled
 
 
-def test_an_interrupt_of_the_blocking_client_cancels_on_the_server(router_in_a_thread: ScriptedRouter) -> None:
+def test_an_interrupt_of_the_blocking_client_cancels_on_the_server(
+    router_in_a_thread: ScriptedRouter, python_handles_sigint: None
+) -> None:
     """Ctrl-C while a chunk is awaited ends the stream on both sides, and the client goes on working."""
     router_in_a_thread.script = scripted.always(tokens(0, 0), Pause(60))
     with Client(router_in_a_thread.address) as client:

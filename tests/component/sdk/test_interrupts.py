@@ -4,20 +4,11 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from ascendra.blocking import Client
 from tests.support.scripted_router import ScriptedRouter
-
-
-@pytest.fixture
-def python_handles_sigint() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, whatever the tests run under."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_at_any_time_is_all_that_the_caller_sees(
