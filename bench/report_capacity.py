@@ -75,9 +75,7 @@ def bound_shares(document: dict[str, Any], policy: str, target: str) -> list[flo
 
 def of_bound(document: dict[str, Any], policy: str, target: str) -> str:
     """Render a capacity as a share of what no policy can exceed."""
-    found = [
-        rate / document["bounds"][str(seed)][target] for seed, rate in capacities(document, policy, target).items()
-    ]
+    found = bound_shares(document, policy, target)
     return f"{statistics.fmean(found):.2f}" if found else "-"
 
 
