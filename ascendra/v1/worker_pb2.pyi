@@ -138,7 +138,7 @@ class SchedulingPolicy(_message.Message):
     def __init__(self, value_function: _Optional[str] = ..., token_budget: _Optional[str] = ..., relegation: _Optional[str] = ..., calm_factor: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "attempt", "token_ids", "generated_tokens", "sampling", "slo", "age_ms", "priority", "urgent", "ticketed", "relegated", "traceparent", "last_token_age_ms", "kv_handle")
+    __slots__ = ("handle", "request_id", "attempt", "token_ids", "generated_tokens", "sampling", "slo", "age_ms", "priority", "relegated", "traceparent", "last_token_age_ms", "kv_handle")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -148,8 +148,6 @@ class Submit(_message.Message):
     SLO_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    URGENT_FIELD_NUMBER: _ClassVar[int]
-    TICKETED_FIELD_NUMBER: _ClassVar[int]
     RELEGATED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     LAST_TOKEN_AGE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -163,13 +161,11 @@ class Submit(_message.Message):
     slo: _common_pb2.Slo
     age_ms: float
     priority: int
-    urgent: bool
-    ticketed: bool
     relegated: bool
     traceparent: str
     last_token_age_ms: float
     kv_handle: bytes
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., generated_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., age_ms: _Optional[float] = ..., priority: _Optional[int] = ..., urgent: bool = ..., ticketed: bool = ..., relegated: bool = ..., traceparent: _Optional[str] = ..., last_token_age_ms: _Optional[float] = ..., kv_handle: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., generated_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParameters, _Mapping]] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., age_ms: _Optional[float] = ..., priority: _Optional[int] = ..., relegated: bool = ..., traceparent: _Optional[str] = ..., last_token_age_ms: _Optional[float] = ..., kv_handle: _Optional[bytes] = ...) -> None: ...
 
 class Withdraw(_message.Message):
     __slots__ = ("withdraw_id", "handles")

@@ -222,7 +222,7 @@ class Instance:
                 engine.running = decodes + partial
             return [*partial, *waiting]
         pace = prefill_pace(self.model, resident.load, policy, resident.tightest_s)
-        result = order_waiting([*partial, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
+        result = order_waiting([*partial, *waiting], now_s, pace, self._order, self._turns.credit_s)
         ordered = cast("list[SimRequest]", result.ordered)
         if result.newly_relegated:
             self._relegate(set(result.newly_relegated))

@@ -114,8 +114,7 @@ class PlacingRouter:
         routed = RoutedRequest.arrived(request)
         state = self._choose(routed, now_s)
         self._send(routed, state, now_s)
-        if self._policy.offload:
-            self._judge(state, now_s)
+        self._judge(state, now_s)
         if self._ledger:
             self._draw(now_s)
 
@@ -132,8 +131,7 @@ class PlacingRouter:
             for sim in report.first_tokens:
                 self._card.first_token(sim, now_s)
         state.take_in(report, now_s)
-        if self._policy.offload and state.view.role is not Role.HIGH and state.view.queue:
-            self._judge(state, now_s)
+        self._judge(state, now_s)
         if self._ledger and state.view.role is Role.HIGH:
             self._draw(now_s)
         if self._policy.rebalance:
@@ -203,12 +201,13 @@ class PlacingRouter:
 
     def _ordered(self, state: WorkerState, now_s: float) -> list[QueuedRequest]:
         view = state.view
-        return order_waiting(view.queue, now_s, state.pace, self._policy.order, view.role).ordered
+        return order_waiting(view.queue, now_s, state.pace, self._policy.order).ordered
 
     def _judge(self, state: WorkerState, now_s: float) -> None:
-        """Offload what would miss here and makes it elsewhere."""
+        """Offload what would miss on an LP or unified worker and makes it elsewhere."""
         policy = self._policy.offload
-        assert policy is not None
+        if policy is None or state.view.role is Role.HIGH or not state.view.queue:
+            return
         ordered = self._ordered(state, now_s)
         pace = state.pace
         step_s, hop_s = pace.step_s, state.view.hop_s

@@ -41,9 +41,8 @@ class RoutedRequest(QueuedRequest):
     def submit(self, cluster: Cluster, index: int, now_s: float) -> None:
         """Send it to a worker."""
         self.submitted_s = self.decided_s = now_s
-        sim = self.sim
-        sim.urgent, sim.ticketed, sim.relegated = self.urgent, self.ticketed, self.relegated
-        cluster.send(sim, index)
+        self.sim.relegated = self.relegated
+        cluster.send(self.sim, index)
 
     def elsewhere(self, *, urgent: bool = False, ticketed: bool = False) -> "RoutedRequest":
         """Return it as it will be on the worker that it moves to."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from services.policy.prefill import PrefillPace
 from services.policy.relegation import LATE, MOORE_HODGSON, NONE, RULES, late, moore_hodgson, worth_trying
-from services.policy.state import QueuedRequest, Role
+from services.policy.state import QueuedRequest
 from services.policy.value_functions import value_function
 
 
@@ -60,22 +60,21 @@ def order_waiting(
     now_s: float,
     pace: PrefillPace,
     policy: OrderPolicy,
-    role: Role = Role.UNIFIED,
     credit_s: float = 0.0,
 ) -> WaitingOrder:
     """Order an instance's requests whose prefill is not complete; changes none of them.
 
     First streams that began elsewhere, by the deadline of their next token: they are never given up. Then started
     ones, unless the policy lets them wait; then at most one overdue relegated request while `credit_s`
-    (of RelegatedTurns) is positive; then those that can make it, by class (on HP: urgent, ticketed, rest) and value
-    function; then the relegated, those that could still make it first. O(n log n), 2 to 3 us a request.
+    (of RelegatedTurns) is positive; then those that can make it, by value function; then the relegated, those that
+    could still make it first. How a request came to an instance does not count, on HP either: what it drew on tickets
+    would pass its own arrivals, which then miss, while all could have made it. O(n log n), 2 to 3 us a request.
     """
     value = value_function(policy.value_function)
     continued: list[QueuedRequest] = []
     started: list[Entry] = []
-    classes: tuple[list[Entry], list[Entry], list[Entry]] = ([], [], [])
+    rest: list[Entry] = []
     relegated: list[QueuedRequest] = []
-    split = role is Role.HIGH
     for request in requests:
         if request.continued:
             continued.append(request)
@@ -87,7 +86,7 @@ def order_waiting(
         work_s = pace.remaining_work_s(request)
         key_s = value(request, pace.finish_s(work_s), now_s)
         entry = (key_s, request.priority, request.arrival_s, request.request_id, work_s, request)
-        (started if first else classes[_class_of(request) if split else 2]).append(entry)
+        (started if first else rest).append(entry)
     continued.sort(key=_continued_key)
     started.sort()
     result = WaitingOrder([*continued, *(entry[-1] for entry in started)])
@@ -101,32 +100,16 @@ def order_waiting(
         # It runs chunk by chunk while credit lasts, not to its end.
         work_s += min(pace.remaining_work_s(overdue), max(credit_s, pace.capacity_s))
 
-    given_up: list[QueuedRequest] = []
-    for entries in classes:
-        if entries:
-            entries.sort()
-            work_s = _append_class(result.ordered, entries, given_up, now_s, pace, policy, work_s)
+    rest.sort()
+    dropped = _choose_dropped(rest, now_s, pace, policy, work_s) if rest else set()
+    kept = [entry for i, entry in enumerate(rest) if i not in dropped] if dropped else rest
+    given_up = [rest[i][-1] for i in sorted(dropped)]
+    result.ordered += [entry[-1] for entry in kept]
     result.newly_relegated = [request.request_id for request in given_up]
-    result.ordered += _hopeful_first(relegated + given_up, now_s, pace, work_s)
+    if relegated or given_up:
+        work_s += math.fsum(entry[-2] for entry in kept)
+        result.ordered += _hopeful_first(relegated + given_up, now_s, pace, work_s)
     return result
-
-
-def _append_class(
-    ordered: list[QueuedRequest],
-    entries: list[Entry],
-    given_up: list[QueuedRequest],
-    now_s: float,
-    pace: PrefillPace,
-    policy: OrderPolicy,
-    ahead_s: float,
-) -> float:
-    """Append the requests that can make it to the order, the others to `given_up`; return the work so far."""
-    dropped = _choose_dropped(entries, now_s, pace, policy, ahead_s)
-    if dropped:
-        given_up += [entries[i][-1] for i in sorted(dropped)]
-        entries = [entry for i, entry in enumerate(entries) if i not in dropped]
-    ordered += [entry[-1] for entry in entries]
-    return ahead_s + math.fsum(entry[-2] for entry in entries)
 
 
 def _choose_dropped(
@@ -166,10 +149,6 @@ def _hopeful_first(
 
 def _continued_key(request: QueuedRequest) -> tuple[float, int, str]:
     return request.deadline_s, request.priority, request.request_id
-
-
-def _class_of(request: QueuedRequest) -> int:
-    return 0 if request.urgent else 1 if request.ticketed else 2
 
 
 def _relegated_key(request: QueuedRequest) -> tuple[bool, int, float, str]:

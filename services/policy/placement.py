@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.policy.prefill import instance_pace, step_in_progress
-from services.policy.state import InstanceView, QueuedRequest, Role
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.token_budget import BudgetPolicy
 
 
@@ -24,7 +24,8 @@ class PlacementPolicy:
     """tbt_bins leaves the like once the first token is predicted later than this share of the TTFT objective."""
     hp_fill: float = 1.0
     """HPs take arrivals beside the others while the first token is predicted within this share of the tightest TTFT
-    objective around: so much room is left for requests that would miss elsewhere. 0: they take no arrivals."""
+    objective lately of those with the same TBT objective: so much room is left for requests that would miss elsewhere,
+    and short prompts, whose objectives are tight where they differ, get it first. 0: they take no arrivals."""
     compared: int = 16
     """Most instances that are predicted for one request; of more, so many are drawn at random, so that the cost of a
     placement does not grow with the cluster. Not for round_robin and least_requests, which predict nothing."""
@@ -42,6 +43,8 @@ class PlacementPolicy:
 
 _FORGETTING = 1.01
 """Factor by which the tightest objective grows with each arrival."""
+_CLASSES = 64
+"""TBT objectives of which the tightest TTFT objective is remembered."""
 
 
 @dataclass(slots=True)
@@ -50,10 +53,22 @@ class PlacementState:
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     turn: int = 0
-    tightest_ttft_s: float = math.inf
-    """Of the objectives lately; one that is not asked for again is forgotten over some hundred arrivals."""
+    tightest_ttft_s: OrderedDict[float, float] = field(default_factory=OrderedDict)
+    """Of the objectives lately, by TBT objective, least recently used first."""
     owners: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """Prefix key to worker id, least recently used first."""
+
+    def note_objective(self, slo: Slo) -> float:
+        """Take note of an arrival's objective and return the tightest TTFT objective of its like, in seconds.
+
+        One that is not asked for again is forgotten over some hundred arrivals.
+        """
+        lately_s = self.tightest_ttft_s.get(slo.tbt_s, math.inf)
+        self.tightest_ttft_s[slo.tbt_s] = tightest_s = min(slo.ttft_s, lately_s * _FORGETTING)
+        self.tightest_ttft_s.move_to_end(slo.tbt_s)
+        if len(self.tightest_ttft_s) > _CLASSES:
+            self.tightest_ttft_s.popitem(last=False)
+        return tightest_s
 
 
 @dataclass(slots=True)
@@ -104,7 +119,7 @@ def place(
         affinity_key: identifies the prefix or session for prefix_affine; empty: none.
         predict: seconds to a request's first token on an instance; a caller may pass one that remembers.
     """
-    state.tightest_ttft_s = min(request.slo.ttft_s, state.tightest_ttft_s * _FORGETTING)
+    reserve_s = policy.hp_fill * state.note_objective(request.slo)
     arrivals = any(view.role is not Role.HIGH and not view.draining for view in views)
     fresh = any(
         view.report_age_s <= policy.stale_s for view in views if not view.draining and not _is_reserve(view, arrivals)
@@ -115,8 +130,7 @@ def place(
         candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
         candidates.append(candidate)
         candidate.excluded = _closed(view, policy, arrivals, fresh)
-        reserve_s = policy.hp_fill * state.tightest_ttft_s if _is_reserve(view, arrivals) else math.inf
-        if not candidate.excluded and candidate.ttft_s > reserve_s:
+        if not candidate.excluded and _is_reserve(view, arrivals) and candidate.ttft_s > reserve_s:
             candidate.excluded = _RESERVED
         if not candidate.excluded:
             open_views.append((view, candidate))

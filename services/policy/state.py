@@ -37,9 +37,9 @@ class QueuedRequest:
     priority: int = 0
     """Lower is more urgent; breaks ties between equal keys."""
     urgent: bool = False
-    """It was offloaded here because it was about to miss; served first on HP."""
+    """It was offloaded here because it was about to miss: HP draws nothing on tickets beside it."""
     ticketed: bool = False
-    """It was admitted by a ticket; served after urgent work on HP."""
+    """It was drawn here by a ticket: no other ticket takes it."""
     relegated: bool = False
     """It lost its priority: served behind all that can still make it."""
     started: bool = False

@@ -141,7 +141,7 @@ class RouterConfig:
     )
     hp_fill: float = option(
         PlacementPolicy().hp_fill,
-        "HP takes arrivals that it serves within this share of the tightest TTFT; 0, or under elastic-roles: none",
+        "HP takes arrivals that it serves within this share of their like's tightest TTFT; 0 or elastic-roles: none",
     )
     offload: bool = option(True, "move waiting requests from LP to HP before they miss their objective")
     rescue: bool = option(True, "move waiting requests between LP or unified workers before they miss their objective")

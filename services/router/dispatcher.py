@@ -231,9 +231,7 @@ class Dispatcher:
         record.predicted_ttft_s = now_s - request.arrival_s + placed.predicted_s
         self.history.record(request, record)
         self._where[request.spec.request_id] = (link, placed)
-        message = request.submission(
-            handle, now_s, urgent=urgent, ticketed=ticketed, relegated=relegated, kv_handle=kv_handle
-        )
+        message = request.submission(handle, now_s, relegated=relegated, kv_handle=kv_handle)
         link.submit(placed, message)
         self.work_changed()
 

@@ -60,14 +60,14 @@ class Ahead:
         return self.pace.work_s(request.prompt_tokens)  # it starts from nothing there
 
 
-def urgent_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
-    """Return what is served before a new urgent request: what has started or is urgent, and earlier deadlines."""
+def deadline_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
+    """Return what is served before a new request that overtakes later deadlines: what has started, and earlier ones."""
     pace = pace or instance_pace(view, budget)
     work_s = 0.0
     others = []
     for queued in view.queue:
         own_s = pace.remaining_work_s(queued)
-        if queued.started or queued.urgent:
+        if queued.started:
             work_s += own_s
         elif not queued.relegated:
             others.append((queued.deadline_s, own_s))
@@ -83,13 +83,13 @@ def kept_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | Non
 
 
 def newcomer_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
-    """Return what a request that comes now waits for: on HP it comes as urgent.
+    """Return what a request that comes now waits for: on HP it overtakes later deadlines.
 
     Args:
         pace: the instance's; None: computed here.
     """
     if view.role is Role.HIGH:
-        return urgent_ahead(view, budget, now_s, pace)
+        return deadline_ahead(view, budget, now_s, pace)
     return kept_ahead(view, budget, pace)
 
 
@@ -111,7 +111,7 @@ def in_order(
 ) -> tuple[list[QueuedRequest], list[TtftEstimate], PrefillPace]:
     """Return an instance's queue in the order its engine serves it, with the prediction of each, and the pace."""
     pace = instance_pace(view, budget)
-    ordered = order_waiting(view.queue, now_s, pace, order, view.role).ordered
+    ordered = order_waiting(view.queue, now_s, pace, order).ordered
     return ordered, predict_in_order(ordered, pace, running=step_in_progress(view, pace)), pace
 
 
@@ -120,7 +120,7 @@ def newcomer_in_order(
 ) -> TtftEstimate:
     """Predict a request that is sent now, in the order that the engine keeps; the running step cannot serve it."""
     pace = instance_pace(view, budget)
-    result = order_waiting([*view.queue, request], now_s, pace, order, view.role)
+    result = order_waiting([*view.queue, request], now_s, pace, order)
     load, tightest_s = DecodeLoad(view.decodes, view.decode_context_tokens), view.min_tbt_s or math.inf
     ordered, given_up = result.ordered, result.newly_relegated
     pace = calm_pace(budget, view.model, load, tightest_s, ordered, given_up, now_s) or pace

@@ -333,8 +333,6 @@ class LiveRequest:
         handle: int,
         now_s: float,
         *,
-        urgent: bool = False,
-        ticketed: bool = False,
         relegated: bool = False,
         kv_handle: bytes = b"",
     ) -> worker_pb2.Submit:
@@ -349,8 +347,6 @@ class LiveRequest:
             slo=common_pb2.Slo(ttft_ms=self.spec.slo.ttft_s * 1000, tbt_ms=self.spec.slo.tbt_s * 1000),
             age_ms=(now_s - self.arrival_s) * 1000,
             priority=self.spec.priority,
-            urgent=urgent,
-            ticketed=ticketed,
             relegated=relegated,
             traceparent=self.trace.traceparent if self.trace is not None else self.spec.traceparent,
             last_token_age_ms=(now_s - self.last_token_s) * 1000 if self.last_token_s else 0.0,

@@ -234,7 +234,7 @@ async def test_a_drained_worker_hands_its_waiting_requests_over(tokenizer_direct
 
 
 async def test_requests_at_risk_are_offloaded(tokenizer_directory: Path) -> None:
-    """A request that its LP worker would miss is withdrawn, submitted to HP as urgent, and explained."""
+    """A request that its LP worker would miss is withdrawn, submitted to HP, and explained."""
     low = ScriptedWorker("low", role=Role.LOW, policy=worker_pb2.SchedulingPolicy(value_function="fcfs"))
     high = ScriptedWorker("high", role=Role.HIGH)
     low.hold = True
@@ -250,7 +250,7 @@ async def test_requests_at_risk_are_offloaded(tokenizer_directory: Path) -> None
     assert done.token_ids == EXPECTED[:5]
     assert done.finished.receipt.pool == common_pb2.ROLE_HIGH_PRIORITY
     assert [decision.kind for decision in explained.decisions] == ["place", "offload"]
-    assert [submit.urgent for submit in high.submitted] == [True]
+    assert [submit.request_id for submit in high.submitted] == ["saved"]
     assert low.withdrawn == [low.submitted[6].handle]
 
 
@@ -272,7 +272,9 @@ async def test_idle_hp_takes_work_on_tickets(tokenizer_directory: Path) -> None:
         low.hold = False
         for done in await asyncio.gather(*tasks):
             assert done.token_ids == EXPECTED[:5]
-    assert all(submit.ticketed and not submit.urgent for submit in high.submitted)
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+    assert status.counters["tickets"] == len(high.submitted)
+    assert status.counters["offload"] == 0
 
 
 async def test_refusal_when_nobody_can_make_it(tokenizer_directory: Path) -> None:

@@ -51,7 +51,7 @@ async def one_is_busy(
 
 @pytest.mark.parametrize("role", [Role.UNIFIED, Role.LOW])
 async def test_a_request_at_risk_is_rescued_by_a_peer(tokenizer_directory: Path, role: Role) -> None:
-    """Without any HP it is withdrawn and submitted to the idle worker, not as urgent; the move has its own kind."""
+    """Without any HP it is withdrawn and submitted to the idle worker; the move has its own kind."""
     busy = ScriptedWorker("a-busy", role=role, policy=FIRST_COME)
     idle = ScriptedWorker("b-idle", role=role, policy=FIRST_COME)
     async with one_is_busy(tokenizer_directory, busy, idle) as router:
@@ -63,7 +63,6 @@ async def test_a_request_at_risk_is_rescued_by_a_peer(tokenizer_directory: Path,
     assert (explained.decisions[1].from_worker_id, explained.decisions[1].to_worker_id) == ("a-busy", "b-idle")
     assert status.counters["rescue"] == 1
     assert busy.withdrawn == [busy.submitted[20].handle]
-    assert not idle.submitted[-1].urgent
     assert [attempt.worker_id for attempt in done.finished.receipt.attempts] == ["a-busy", "b-idle"]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from services.policy.order import OrderPolicy, order_waiting
 from services.policy.prefill import prefill_pace
 from services.policy.relegation import RULES, RelegatedTurns
-from services.policy.state import QueuedRequest, Role, Slo
+from services.policy.state import QueuedRequest, Slo
 from services.policy.step_time import A100_LLAMA3_8B
 from services.policy.token_budget import BudgetPolicy, DecodeLoad
 from services.policy.value_functions import VALUE_FUNCTIONS
@@ -32,14 +32,14 @@ def names(order: list[QueuedRequest]) -> list[str]:
     return [request.request_id for request in order]
 
 
-@given(requests(), policies, st.sampled_from(list(Role)), seconds, st.floats(-1, 1))
+@given(requests(), policies, seconds, st.floats(-1, 1))
 def test_order_is_a_permutation_that_ignores_how_the_queue_was_held(
-    queue: list[QueuedRequest], policy: OrderPolicy, role: Role, now_s: float, credit_s: float
+    queue: list[QueuedRequest], policy: OrderPolicy, now_s: float, credit_s: float
 ) -> None:
     """Nobody is lost or doubled, and the same requests in another arrangement come out the same."""
-    order = order_waiting(queue, now_s, PACE, policy, role, credit_s)
+    order = order_waiting(queue, now_s, PACE, policy, credit_s)
     assert sorted(names(order.ordered)) == sorted(names(queue))
-    again = order_waiting(list(reversed(queue)), now_s, PACE, policy, role, credit_s)
+    again = order_waiting(list(reversed(queue)), now_s, PACE, policy, credit_s)
     assert names(order.ordered) == names(again.ordered)
     assert not {r.request_id for r in queue if r.relegated} & set(order.newly_relegated)
 
@@ -57,53 +57,40 @@ def test_kept_requests_make_their_deadlines_in_edf_order(queue: list[QueuedReque
         assert now_s + PACE.finish_s(work_s) <= request.deadline_s + 1e-6
 
 
-@given(requests(), requests(), policies, st.sampled_from(list(Role)), seconds, st.lists(seconds, min_size=12))
+@given(requests(), requests(), policies, seconds, st.lists(seconds, min_size=12))
 def test_streams_that_began_elsewhere_come_first_and_are_never_given_up(
     queue: list[QueuedRequest],
     moved: list[QueuedRequest],
     policy: OrderPolicy,
-    role: Role,
     now_s: float,
     ages: list[float],
 ) -> None:
     """Whatever the policy: a reader in the midst of a stream waits for nobody's first token."""
     for number, (request, age_s) in enumerate(zip(moved, ages, strict=False)):
         request.request_id, request.last_token_s = f"m{number}", now_s + 1e-3 - age_s / 21 * now_s
-    order = order_waiting([*queue, *moved], now_s, PACE, policy, role, 1.0)
+    order = order_waiting([*queue, *moved], now_s, PACE, policy, 1.0)
     by_urgency = sorted(moved, key=lambda r: (r.last_token_s + r.slo.tbt_s, r.priority, r.request_id))
     assert names(order.ordered)[: len(moved)] == names(by_urgency)
     assert not {r.request_id for r in moved} & {*order.newly_relegated, *order.promoted}
 
 
-def test_hp_serves_urgent_then_ticketed_then_rest_then_relegated() -> None:
-    """On HP class comes before deadline; on LP it does not."""
+def test_how_a_request_came_to_an_instance_does_not_count() -> None:
+    """What HP drew on tickets or was offloaded passes its own arrivals by deadline alone, and is given up like them."""
     queue = [
         waiting("relegated", 10, -30.0, relegated=True),
-        waiting("rest", 10, -0.3),
+        waiting("arrived", 10, -0.3),
         waiting("ticketed", 10, -0.2, ticketed=True),
         waiting("urgent", 10, -0.1, urgent=True),
     ]
-    policy = OrderPolicy()
-    assert names(order_waiting(queue, 0.0, PACE, policy, Role.HIGH).ordered) == [
-        "urgent",
-        "ticketed",
-        "rest",
-        "relegated",
-    ]
-    assert names(order_waiting(queue, 0.0, PACE, policy, Role.LOW).ordered) == [
-        "rest",
+    assert names(order_waiting(queue, 0.0, PACE, OrderPolicy()).ordered) == [
+        "arrived",
         "ticketed",
         "urgent",
         "relegated",
     ]
-
-
-def test_ticketed_work_never_costs_an_urgent_request_its_deadline() -> None:
-    """When HP cannot make everybody, the ticketed one is given up even if it is shorter."""
-    queue = [waiting("urgent", 6000, 0.0, 1.0, urgent=True), waiting("ticketed", 3000, 0.0, 0.5, ticketed=True)]
+    long, short = waiting("urgent", 8000, 0.0, 1.0, urgent=True), waiting("ticketed", 3000, 0.0, 0.5, ticketed=True)
     pace = prefill_pace(A100_LLAMA3_8B, DecodeLoad(), BudgetPolicy())
-    order = order_waiting(queue, 0.0, pace, OrderPolicy(), Role.HIGH)
-    assert order.newly_relegated == ["ticketed"]
+    assert order_waiting([long, short], 0.0, pace, OrderPolicy()).newly_relegated == ["urgent"]
 
 
 def test_a_relegated_started_request_waits_or_goes_on_as_the_policy_says() -> None:

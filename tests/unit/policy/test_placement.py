@@ -117,13 +117,12 @@ def test_hp_draining_and_stale_instances_are_excluded_with_the_reason(name: str)
 
 
 def test_hp_takes_arrivals_while_it_keeps_room_for_offloads() -> None:
-    """Beside LPs it takes what it would serve within a share of the tightest objective around; 0 stands for never."""
+    """Beside LPs it takes what it would serve within a share of the tightest objective of its like; 0: never."""
 
-    def to_hp(lp: int, hp: int, policy: PlacementPolicy, *, tight: bool = False) -> bool:
+    def to_hp(lp: int, hp: int, policy: PlacementPolicy, *others: Slo) -> bool:
         views, state = [instance("lp", lp), instance("hp", hp, role=Role.HIGH)], PlacementState()
-        if tight:
-            urgent = replace(NEW, slo=Slo(ttft_s=SLO.ttft_s / 8, tbt_s=SLO.tbt_s))
-            place(urgent, views, policy, state, BudgetPolicy())
+        for slo in others:
+            place(replace(NEW, slo=slo), views, policy, state, BudgetPolicy())
         return place(NEW, views, policy, state, BudgetPolicy()).worker_id == "hp"
 
     work_s = A100_LLAMA3_8B.step_s(StepShape(1000, 0, 0))
@@ -132,7 +131,8 @@ def test_hp_takes_arrivals_while_it_keeps_room_for_offloads() -> None:
     assert not to_hp(half, half + 2, PlacementPolicy())
     assert not to_hp(2 * half + 4, 2 * half + 2, PlacementPolicy())
     assert not to_hp(half + 2, half, PlacementPolicy(hp_fill=0.4))
-    assert not to_hp(half + 2, half, PlacementPolicy(), tight=True)
+    assert not to_hp(half + 2, half, PlacementPolicy(), Slo(ttft_s=SLO.ttft_s / 8, tbt_s=SLO.tbt_s))
+    assert to_hp(half + 2, half, PlacementPolicy(), Slo(ttft_s=SLO.ttft_s / 8, tbt_s=SLO.tbt_s / 2))
     assert not to_hp(half, 0, PlacementPolicy(hp_fill=0.0))
 
 
@@ -175,3 +175,11 @@ def test_the_owner_of_a_prefix_is_always_compared() -> None:
     state = PlacementState()
     owner = chosen("prefix_affine", views, state, "s")
     assert {chosen("prefix_affine", views, state, "s") for _ in range(30)} == {owner}
+
+
+def test_only_so_many_kinds_of_objective_are_remembered() -> None:
+    """Clients may ask for any TBT objective; the state does not grow with them."""
+    state = PlacementState()
+    for number in range(1, 1000):
+        assert state.note_objective(Slo(ttft_s=1.0, tbt_s=0.001 * number)) == 1.0
+    assert len(state.tightest_ttft_s) < 100

@@ -51,7 +51,7 @@ def test_who_is_told_that_it_makes_it_on_hp_harms_nobody(
 
 
 def test_a_newcomer_overtakes_on_hp_those_who_can_wait() -> None:
-    """Later deadlines wait for it if they still make it, relegated ones always, urgent and started ones never."""
+    """Later deadlines wait for it if they still make it, relegated ones always, started ones never."""
     long_s = PACE.finish_s(PACE.work_s(2000))
     comes = waiting("new", 500, long_s)
 
@@ -64,8 +64,8 @@ def test_a_newcomer_overtakes_on_hp_those_who_can_wait() -> None:
     assert wait_s(Role.HIGH, patient) == alone_s
     assert wait_s(Role.HIGH, waiting("given up", 2000, 0.1, relegated=True)) == alone_s
     assert wait_s(Role.HIGH, hurried) > alone_s
-    for state in ("urgent", "started"):
-        assert wait_s(Role.HIGH, waiting(state, 2000, 60.0, **{state: True})) > alone_s
+    assert wait_s(Role.HIGH, waiting("offloaded", 2000, 60.0, urgent=True)) == alone_s
+    assert wait_s(Role.HIGH, waiting("started", 2000, 60.0, started=True)) > alone_s
     assert wait_s(Role.LOW, patient) > alone_s
 
 

@@ -126,7 +126,7 @@ class StepPlanner:
         tightest_s = min([decode[1] for decode in decodes], default=math.inf)
         bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in decodes], now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
-        order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self.role, self._turns.credit_s)
+        order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self._turns.credit_s)
         chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]
         given_up = order.newly_relegated
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)

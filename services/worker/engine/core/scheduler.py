@@ -313,8 +313,6 @@ def _queued_request(request: Request, standing: dict[str, Any]) -> QueuedRequest
         prompt_tokens=request.num_tokens,
         slo=Slo(ttft_s=standing.get("ttft_slo_s") or _NEVER_S, tbt_s=standing.get("tbt_slo_s") or _NEVER_S),
         priority=standing.get("priority", 0),
-        urgent=standing.get("urgent", False),
-        ticketed=standing.get("ticketed", False),
         relegated=standing.get("relegated", False),
         last_token_s=standing.get("last_token_s", 0.0),
     )
