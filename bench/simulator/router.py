@@ -276,10 +276,13 @@ class PlacingRouter:
             state.view.worker_id: state.work_s - state.pace.capacity_s
             for state in heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)
         }
+        orders: dict[str, list[QueuedRequest]] = {}
         while backlogs_s and (granted := ledger.grant(backlogs_s, 0.1, now_s)):
             for ticket in granted:
                 holder = self._by_id[ticket.holder]
-                open_ = [one for one in self._ordered(holder, now_s) if one.started or _may_leave(one)]
+                if ticket.holder not in orders:
+                    orders[ticket.holder] = self._ordered(holder, now_s)
+                open_ = [one for one in orders[ticket.holder] if one.started or _may_leave(one)]
                 chosen = choose_for_ticket(open_, holder.pace.budget_tokens)
                 if chosen is None:
                     ledger.release(ticket.ticket_id)
