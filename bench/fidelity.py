@@ -9,14 +9,13 @@ python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azu
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.live.__main__ import fitting, unloaded_ttft_s
+from bench.live.__main__ import fitting
 from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
-from bench.options import emulated_cluster
+from bench.options import UnloadedTtft, emulated_cluster, load_profile
 from bench.result_files import commit_id, write_result
 from bench.simulator.systems import leaving_room, simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
@@ -51,7 +50,7 @@ def simulated(
             arrivals=settings["arrivals"],
             rate_rps=rate_rps,
             requests=round(rate_rps * (warmup_s + seconds)),
-            classes=slo_set(settings["slo"], partial(unloaded_ttft_s, settings["profile"])),
+            classes=slo_set(settings["slo"], UnloadedTtft(load_profile(settings["profile"]))),
             seed=seed,
         ),
         int(settings["max_model_len"]),

@@ -17,13 +17,13 @@ from typing import Any
 import uvloop
 
 from ascendra.v1 import predictor_pb2, predictor_pb2_grpc
-from bench.live.__main__ import fitting, unloaded_ttft_s
+from bench.live.__main__ import fitting
 from bench.live.load import run_load
 from bench.live.systems import SYSTEMS, Workers, running_system
 from bench.live.targets import ascendra_target, prompt_of
 from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
-from bench.options import emulated_cluster
+from bench.options import UnloadedTtft, emulated_cluster, load_profile
 from bench.result_files import provenance, write_result
 from bench.simulator.card import PredictionCard
 from bench.simulator.systems import leaving_room, simulate, system_named
@@ -62,7 +62,7 @@ async def card_of(address: str) -> dict[str, Any]:
 def loads(arguments: argparse.Namespace) -> Iterator[tuple[float, list[WorkloadRequest]]]:
     """Yield each rate with its requests."""
     trace = load_trace(arguments.trace)
-    classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
+    classes = slo_set(arguments.slo, UnloadedTtft(load_profile(arguments.profile)))
     for rate_rps in arguments.rates:
         requests = round(rate_rps * arguments.seconds)
         workload = make_workload(

@@ -32,8 +32,9 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit_id() -> str:
-    """Return the commit that is checked out; empty outside a repository."""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    """Return the commit of the code, marked when the working tree differs from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _shown(value: Any) -> Any:

@@ -8,7 +8,6 @@ With --address (a router) or --openai URL it measures what already runs.
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -28,11 +27,10 @@ from bench.live.load import run_load
 from bench.live.results import ResultFile
 from bench.live.systems import SYSTEMS, TABLE, Workers, running_system
 from bench.live.targets import Target, ascendra_target, openai_target, prompt_of
+from bench.markdown import markdown_table
 from bench.metrics import Report, RequestRecord, summarize
+from bench.options import UnloadedTtft, load_profile
 from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
-from services.policy.prefill import prefill_pace
-from services.policy.step_time import PROFILES, StepTimeModel
-from services.policy.token_budget import BudgetPolicy, DecodeLoad
 
 COLUMNS = {
     "joint": "joint",
@@ -45,13 +43,6 @@ COLUMNS = {
     "longest_wait_s": "longest wait s",
 }
 SHARES = ("joint", "ttft_only", "tbt_only", "mean_gap")
-
-
-def unloaded_ttft_s(profile: str, prompt_tokens: int) -> float:
-    """Return the TTFT of a prompt on an idle instance of a profile, for SLO set B."""
-    model = PROFILES[profile] if profile in PROFILES else StepTimeModel.from_dict(json.loads(Path(profile).read_text()))
-    pace = prefill_pace(model, DecodeLoad(), BudgetPolicy())
-    return pace.finish_s(pace.work_s(prompt_tokens))
 
 
 def fitting(workload: Iterable[WorkloadRequest], max_model_len: int) -> list[WorkloadRequest]:
@@ -79,7 +70,7 @@ async def measure(
 async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
     """Measure everything asked for that the file lacks; the systems take turns within each seed."""
     trace = load_trace(arguments.trace)
-    classes = slo_set(arguments.slo, partial(unloaded_ttft_s, arguments.profile))
+    classes = slo_set(arguments.slo, UnloadedTtft(load_profile(arguments.profile)))
     for seed in arguments.seeds:
         for rate_rps in arguments.rates:
             workload = fitting(
@@ -183,12 +174,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["rate_rps"], result["system"]), []).append(result)
-    lines = [
-        "| req/s | system | "
-        + " | ".join(COLUMNS.values())
-        + " | longest tenth joint | min-max joint | machine busy |",
-        "|---" * (len(COLUMNS) + 5) + "|",
-    ]
+    rows = []
     for (rate_rps, system), runs in groups.items():
         cells = []
         reports = [run["report"] for run in runs]
@@ -200,8 +186,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         joints = [report["joint"] for report in reports]
         machine = f"{max(busy):.0%}" if busy else "-"
         spread = f"{min(joints):.1%}-{max(joints):.1%}"
-        lines.append(f"| {rate_rps:g} | {system} | {' | '.join(cells)} | {longest:.1%} | {spread} | {machine} |")
-    return "\n".join(lines)
+        rows.append([f"{rate_rps:g}", system, *cells, f"{longest:.1%}", spread, machine])
+    return markdown_table(
+        ["req/s", "system", *COLUMNS.values(), "longest tenth joint", "min-max joint", "machine busy"], rows
+    )
 
 
 def parse() -> argparse.Namespace:

@@ -1,10 +1,11 @@
 """The result file of a live bench: written after every run, so that a bench that was stopped goes on where it was."""
 
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bench.result_files import commit_id, write_result
 
 RunKey = tuple[str, int, float]
 """(system, seed, requests per second)."""
@@ -40,21 +41,5 @@ class ResultFile:
 
     def append(self, result: dict[str, Any]) -> None:
         """Add a run; the file is replaced at once, so that it is whole at any time."""
-        self.results.append({**result, "commit": commit()})
-        if self._path is None:
-            return
-        document = {"commit": commit(), "settings": self._settings, "results": self.results}
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        partial.replace(self._path)
-
-
-def commit() -> str:
-    """Return the commit of the code, marked when the working tree differs from it; empty outside a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip()
+        self.results.append({**result, "commit": commit_id()})
+        write_result(self._path, {"commit": commit_id(), "settings": self._settings, "results": self.results})
