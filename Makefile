@@ -92,15 +92,57 @@ bench-quick: setup ## One capacity table from the trace sample in the repository
 	$(PY) -m bench.capacity --trace bench/traces/azure2023_conv_sample.csv.gz --requests 1200 --seeds 1 --overload 1.2 \
 	  --policies vllm-512-rr,vllm-512-work,paper,unified,ascendra,ascendra-pull --out .cache/bench-quick.json
 
-bench: setup ## Every table: the simulated study of TRACES=directory (hours; resumed), and the router's overhead
+# Every table of the report and the docs, each by the command that wrote its file under bench/results. Studies and live
+# runs go on where their files stop; delete a file to measure it anew.
+CONV = $(TRACES)/azure2023_conv_dev.csv.gz
+MODEL := .cache/demo-model
+RESULTS := bench/results
+LIVE = $(PY) -m bench.live --trace $(CONV) --model $(MODEL) --seconds 30 --warmup-s 8 --drain-s 15
+
+bench: bench-simulated bench-live bench-cpu report ## Every table, from TRACES=directory (about a day on two cores; resumed)
+
+.PHONY: bench-simulated bench-live bench-cpu
+bench-simulated: setup ## The tables of the simulator
 	$(PY) -m bench.compile
-	cd .cache/compiled && $(BIN)/python -m bench.study --traces $(abspath $(TRACES)) --out ../../bench/results
-	cd .cache/compiled && $(BIN)/python -m bench.sensitivity --traces $(abspath $(TRACES)) --out ../../bench/results/sensitivity.json
-	$(PY) -m bench.speed --trace $(TRACES)/azure2023_conv_dev.csv.gz --out bench/results/speed.json
-	$(PY) -m demo.build_model --out .cache/demo-model
-	$(PY) -m bench.overhead --model .cache/demo-model --workers 1 --out bench/results/overhead-one-engine.json
-	$(PY) -m bench.overhead --model .cache/demo-model --workers 8 --routers 1 --out bench/results/overhead-eight-engines.json
-	$(PY) -m bench.report
+	cd .cache/compiled && $(BIN)/python -m bench.study --traces $(abspath $(TRACES)) --out ../../$(RESULTS)
+	cd .cache/compiled && $(BIN)/python -m bench.sensitivity --traces $(abspath $(TRACES)) \
+	  --out ../../$(RESULTS)/sensitivity.json
+	cd .cache/compiled && $(BIN)/python -m bench.roles --trace $(abspath $(CONV)) --requests 3000 \
+	  --out ../../$(RESULTS)/roles-azure-conv.json
+	cd .cache/compiled && $(BIN)/python -m bench.speed --trace $(abspath $(CONV)) --out ../../$(RESULTS)/speed.json
+	$(PY) -m bench.predictor_card --simulated --trace $(CONV) --rates 12 30 44 56 \
+	  --out $(RESULTS)/predictor-card-simulated.json
+	$(PY) -m bench.predictor_card --simulated --delivery-ms 12 --trace $(CONV) --rates 12 30 44 56 \
+	  --out $(RESULTS)/predictor-card-simulated-room.json
+	$(PY) -m bench.assess --out $(RESULTS)/assess.json
+
+bench-live: setup ## The tables of live services with emulated engines; needs an otherwise idle machine
+	$(PY) -m demo.build_model --out $(MODEL)
+	$(LIVE) --rates 42 --seeds 1 2 3 --systems ascendra unified ascendra-late vllm-rr-640 \
+	  ascendra-predictor-paused ascendra-no-predictor --out $(RESULTS)/live-azure-conv-42rps.json
+	$(LIVE) --rates 42 --seeds 1 --out $(RESULTS)/live-azure-conv-42rps.json
+	$(LIVE) --rates 36 42 53 --seeds 1 --systems unified ascendra --out $(RESULTS)/fidelity-live.json
+	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json $(RESULTS)/live-azure-conv-42rps.json --trace $(CONV) \
+	  --systems unified ascendra vllm-rr-640 vllm-least-640 --out $(RESULTS)/fidelity.json
+	$(PY) -m bench.predictor_card --trace $(CONV) --model $(MODEL) --rates 12 30 44 56 --out $(RESULTS)/predictor-card.json
+	$(PY) -m bench.overhead --model $(MODEL) --workers 1 --routers 1 --out $(RESULTS)/overhead-one-engine.json
+	$(PY) -m bench.overhead --model $(MODEL) --routers 1 --out $(RESULTS)/overhead-eight-engines.json
+	$(PY) -m bench.overhead --model $(MODEL) --routers 2 --out $(RESULTS)/overhead-two-routers.json
+	$(PY) -m bench.sse --model $(MODEL) --out $(RESULTS)/sse-1000.json
+	$(PY) -m tests.chaos.run --out $(RESULTS)/chaos.json
+
+bench-cpu: setup ## The tables of real vLLM on two cores
+	$(PY) -m demo.build_model --out $(MODEL)
+	$(PY) -m bench.cpu.budget --demo-model $(MODEL) --out $(RESULTS)/cpu-budget.json
+	$(PY) -m bench.cpu.pair --demo-model $(MODEL) --out $(RESULTS)/cpu-pair.json
+	taskset -c 0 $(PY) -m services.worker.profile --engine cpu --model .cache/m110 --dtype float32 --cpu-threads 1 \
+	  --max-num-seqs 64 --out $(RESULTS)/step-time-m110-cpu.json
+	$(PY) -m bench.cpu.fidelity $(RESULTS)/cpu-pair.json --profile $(RESULTS)/step-time-m110-cpu.json \
+	  --out $(RESULTS)/cpu-fidelity.json
+	$(PY) -m bench.moves --model $(MODEL) --out $(RESULTS)/moves-kv-vs-replay.json
+	$(PY) -m tests.cluster.exactness --out $(RESULTS)/moves-exactness.json
+	$(PY) -m bench.parity --model $(MODEL) --out $(RESULTS)/gateway-parity.json
+	$(PY) -m bench.clients --model $(MODEL) --out $(RESULTS)/clients
 
 report: setup ## Write docs/report.md from bench/results
 	$(PY) -m bench.report

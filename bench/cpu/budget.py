@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=Path(".cache"), help="where the random model is kept")
     parser.add_argument("--shape", default="m30", choices=SHAPES)
     parser.add_argument("--static", type=int, nargs="+", default=[2048, 512], help="static budgets, in tokens")
-    parser.add_argument("--tbt-ms", type=float, default=200.0, help="objective that the dynamic budget keeps")
+    parser.add_argument("--tbt-ms", type=float, default=400.0, help="objective that the dynamic budget keeps")
     parser.add_argument("--streams", type=int, default=6, help="streams that decode")
     parser.add_argument("--stream-tokens", type=int, default=400, help="tokens of each before the next begins")
     parser.add_argument("--prompt-tokens", type=int, default=1500, help="length of the long prompts")
