@@ -62,7 +62,7 @@ async def start_stock(model: Path, budget_tokens: int, stack: AsyncExitStack) ->
             vllm_server(
                 model,
                 max_model_len=MAX_MODEL_LEN,
-                max_num_seqs=MAX_NUM_SEQS,
+                max_num_seqs=min(MAX_NUM_SEQS, budget_tokens),  # vLLM takes no more than a step has tokens
                 max_num_batched_tokens=budget_tokens,
                 kv_cache_bytes=KV_CACHE_BYTES,
             )
