@@ -20,13 +20,22 @@ SYSTEMS = "vllm-512-work,unified,ascendra,ascendra-pool,ascendra-pull"
 
 
 def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
-    """Lay out requests a minute, and the cost of a request relative to the smallest cluster."""
-    heads = ["system", *(f"{size} instances" for size in sizes), "cost a request, last / first"]
+    """Lay out requests a minute, and the cost of a request relative to the smallest cluster: in all, and an event."""
+    heads = [
+        "system",
+        *(f"{size} instances" for size in sizes),
+        "cost a request, last / first",
+        "events",
+        "cost an event",
+    ]
     rows = []
     for name in dict.fromkeys(cell["system"] for cell in cells):
-        costs = {cell["instances"]: cell["cpu_s_per_request"] for cell in cells if cell["system"] == name}
+        own = {cell["instances"]: cell for cell in cells if cell["system"] == name}
+        costs = {size: own[size]["cpu_s_per_request"] for size in sizes}
+        events = {size: own[size]["events_per_request"] for size in sizes}
+        cost, more = costs[sizes[-1]] / costs[sizes[0]], events[sizes[-1]] / events[sizes[0]]
         rates = (f"{60 / costs[size]:,.0f}" for size in sizes)
-        rows.append([name, *rates, f"{costs[sizes[-1]] / costs[sizes[0]]:.2f}"])
+        rows.append([name, *rates, f"{cost:.2f}", f"{more:.2f}", f"{cost / more:.2f}"])
     return markdown_table(heads, rows)
 
 
@@ -50,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = []
             for _ in range(args.repeats):
                 started_s = time.process_time()
-                simulate(system_named(name), workload, config)
+                run = simulate(system_named(name), workload, config)
                 seconds.append(time.process_time() - started_s)
             cost_s = statistics.median(seconds) / len(workload)
-            cells.append({"system": name, "instances": size, "requests": len(workload), "cpu_s_per_request": cost_s})
+            cell = {"system": name, "instances": size, "requests": len(workload), "cpu_s_per_request": cost_s}
+            cells.append({**cell, "events_per_request": run.events / len(workload)})
     print(table(cells, args.sizes))
     write_result(args.out, {**provenance(args), "cells": cells})
 
