@@ -111,6 +111,7 @@ def render() -> str:
     sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))
+    sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: fidelity_table(d["cells"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
