@@ -68,6 +68,7 @@ lint: setup
 	lint-imports --no-cache
 	buf lint protos
 	$(PY) -m tools.reference --check
+	$(PY) -m bench.report --check
 
 types: setup
 	mypy

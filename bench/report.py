@@ -1,8 +1,12 @@
-"""python -m bench.report: write docs/report.md from the raw results in bench/results. Nothing in it is typed by hand
-but the sentences around the tables, in bench/report_text.md."""
+"""python -m bench.report: write docs/report.md and the README's capacity table from the raw results in bench/results.
+
+Nothing in the report is typed by hand but the sentences around the tables, in bench/report_text.md. `--check` writes
+nothing and fails if the results say something else.
+"""
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
@@ -17,7 +21,7 @@ from bench.live.__main__ import table as live_table
 from bench.overhead.__main__ import Cell
 from bench.overhead.__main__ import table as overhead_table
 from bench.predictor_card import table as card_table
-from bench.report_capacity import draw, goals, overview, sensitivity_section, title, workload_section
+from bench.report_capacity import brief, draw, goals, overview, sensitivity_section, title, workload_section
 from bench.roles import table as roles_table
 from bench.sensitivity import CASES
 from bench.speed import table as speed_table
@@ -25,6 +29,9 @@ from bench.study import WORKLOADS
 
 RESULTS = Path("bench/results")
 TEXT = Path("bench/report_text.md")
+REPORT = Path("docs/report.md")
+README = Path("README.md")
+MARK = "<!-- capacity: written by python -m bench.report -->"
 IMAGES = Path("docs/images")
 
 
@@ -60,10 +67,13 @@ def read(name: str) -> dict[str, Any]:
     return document
 
 
-def study_sections() -> dict[str, str]:
-    """Render the capacity study: its overview, and every workload that has results."""
-    documents = {name: read(f"capacity-{name}") for name in WORKLOADS if (RESULTS / f"capacity-{name}.json").exists()}
-    draw(documents, IMAGES)
+def study() -> dict[str, dict[str, Any]]:
+    """Read the capacity study: the result file of every workload that has one."""
+    return {name: read(f"capacity-{name}") for name in WORKLOADS if (RESULTS / f"capacity-{name}.json").exists()}
+
+
+def study_sections(documents: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Render the capacity study: its overview, and every workload."""
     parts = [f"### {title(document)}\n\n{workload_section(document)}" for document in documents.values()]
     return {"overview": overview(documents), "goals": goals(documents), "capacities": "\n\n".join(parts)}
 
@@ -92,9 +102,9 @@ def optional(name: str, rendered: Callable[[dict[str, Any]], str]) -> str:
     return rendered(read(name)) if (RESULTS / f"{name}.json").exists() else "Not measured yet."
 
 
-def render() -> str:
-    """Fill the text with the tables."""
-    sections = study_sections()
+def render(documents: dict[str, dict[str, Any]]) -> str:
+    """Fill the text with the tables, those of the capacity study among them."""
+    sections = study_sections(documents)
     for path in sorted(RESULTS.glob("*.json")):
         name = path.stem
         key = name.replace("-", "_")
@@ -116,12 +126,28 @@ def render() -> str:
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
 
+def with_table(page: str, table: str) -> str:
+    """Return a page with the table between the marks exchanged."""
+    before, _, rest = page.partition(f"{MARK}\n")
+    _, _, after = rest.partition(f"\n{MARK}")
+    return f"{before}{MARK}\n{table}\n{MARK}{after}"
+
+
 def main() -> None:
     """Write the report, or check that it is what the results say."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/report.md"))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    arguments.out.write_text(render(), encoding="utf-8")
+    documents = study()
+    pages = {REPORT: render(documents), README: with_table(README.read_text(encoding="utf-8"), brief(documents))}
+    changed = [str(path) for path, page in pages.items() if path.read_text(encoding="utf-8") != page]
+    if arguments.check:
+        sys.exit(f"not what bench/results says: {', '.join(changed)}; run make report" if changed else 0)
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")
+    draw(documents, IMAGES)
 
 
 if __name__ == "__main__":
