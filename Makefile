@@ -123,7 +123,9 @@ bench-live: setup ## The tables of live services with emulated engines; needs an
 	  ascendra-predictor-paused ascendra-no-predictor --out $(RESULTS)/live-azure-conv-42rps.json
 	$(LIVE) --rates 42 --seeds 1 --out $(RESULTS)/live-azure-conv-42rps.json
 	$(LIVE) --rates 36 42 53 --seeds 1 --systems unified ascendra --out $(RESULTS)/fidelity-live.json
-	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json $(RESULTS)/live-azure-conv-42rps.json --trace $(CONV) \
+	$(LIVE) --rates 36 42 53 --seeds 1 --systems ascendra --out $(RESULTS)/fidelity-live-again.json
+	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json $(RESULTS)/fidelity-live-again.json \
+	  $(RESULTS)/live-azure-conv-42rps.json --trace $(CONV) \
 	  --systems unified ascendra vllm-rr-640 vllm-least-640 --out $(RESULTS)/fidelity.json
 	$(PY) -m bench.predictor_card --trace $(CONV) --model $(MODEL) --rates 12 30 44 56 --out $(RESULTS)/predictor-card.json
 	$(PY) -m bench.overhead --model $(MODEL) --workers 1 --routers 1 --out $(RESULTS)/overhead-one-engine.json
