@@ -216,6 +216,8 @@ class Dispatcher:
             request.spec.weaken(*move_contract(request.spec.sampling, [link.known]))
         role = ROLE_TO_PROTO[link.instance.view.role]
         number = request.place(link.worker_id, role, f"{record.kind}: {record.rule}")
+        # It may be expected there: its old worker failed it while it was asked back for a move.
+        link.instance.expect_no_more(request.spec.request_id)
         queued = request.queued(urgent=urgent, ticketed=ticketed)
         if request.has_tokens:
             request.moved_by(MoveMethod.KV if kv_handle else MoveMethod.REPLAY)

@@ -38,6 +38,7 @@ class ScriptedWorker:
         ignore_cancel: Cancel is not acknowledged.
         top_logprobs: every token comes with so many log-probabilities.
         refuse: answer every Submit with RequestFailed of this (code, message, reason).
+        fails_withdrawals: requests that are asked back fail instead, as when the engine dies meanwhile.
         ignore_export: ExportKv is not answered.
         refuse_export: answer every ExportKv with this reason.
         kv_read: what becomes of a Submit with a KV handle: "ok", "failed" (reported, then computed) or "stuck".
@@ -71,6 +72,7 @@ class ScriptedWorker:
         self.ignore_cancel = False
         self.top_logprobs = 0
         self.refuse: tuple[int, str, str] | None = None
+        self.fails_withdrawals = False
         self.ignore_export = False
         self.refuse_export = ""
         self.kv_read = "ok"
@@ -210,6 +212,12 @@ class ScriptedWorker:
             self.send(worker_pb2.AttachResponse(cancelled=worker_pb2.Cancelled(handles=handles)))
 
     def _withdraw(self, withdraw: worker_pb2.Withdraw) -> None:
+        if self.fails_withdrawals:
+            for handle in withdraw.handles:
+                del self._live[handle]
+                failed = worker_pb2.RequestFailed(handle=handle, code=14, message="dead", reason="ENGINE_DIED")
+                self.send(worker_pb2.AttachResponse(failed=failed))
+            return
         gone, kept = [], []
         for handle in withdraw.handles:
             submit, offset = self._live.get(handle, (None, 0))

@@ -277,6 +277,22 @@ async def test_idle_hp_takes_work_on_tickets(tokenizer_directory: Path) -> None:
     assert status.counters["offload"] == 0
 
 
+async def test_requests_that_fail_while_they_are_asked_back_move(tokenizer_directory: Path) -> None:
+    """Their HP expects them when their worker's engine dies: they are submitted there once, and nobody is lost."""
+    low, high = ScriptedWorker("low", role=Role.LOW), ScriptedWorker("high", role=Role.HIGH)
+    low.hold = low.fails_withdrawals = True
+    async with cluster(tokenizer_directory, low, high, offload=False, hp_fill=0.0) as router:
+        text = "word " * 300
+        tasks = [asyncio.create_task(router.collect(text_request(text, max_tokens=5))) for _ in range(12)]
+        await until(lambda: len(high.submitted) >= 2)
+        low.hold = False
+        for done in await asyncio.gather(*tasks):
+            assert done.token_ids == EXPECTED[:5]
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+    assert status.counters["moves"] >= 2
+    assert low.streams == 1  # its stream did not break over it
+
+
 async def test_refusal_when_nobody_can_make_it(tokenizer_directory: Path) -> None:
     """REFUSE gets RESOURCE_EXHAUSTED with the reason and a delay; the default is served all the same."""
     worker = ScriptedWorker()
