@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu.pair import KV_CACHE_BYTES, MAX_MODEL_LEN, MAX_NUM_SEQS, workload_of
-from bench.fidelity import simulated_name, table
+from bench.fidelity import table
 from bench.metrics import Report, summarize
 from bench.options import load_profile
 from bench.random_model import SHAPES
@@ -37,8 +37,7 @@ def simulated(options: Mapping[str, Any], profile: str, system: str, rate_rps: f
     engine = EngineConfig(kv_tokens=kv_tokens(options["shape"]), max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN)
     truth = StepTimeTruth(model=model, jitter_sigma=model.log_sigma)
     cluster = ClusterConfig(instances=2, engine=engine, believed=model, truth=truth, drain_s=60, seed=seed)
-    family, _, budget = system.partition("-")
-    name = simulated_name(f"vllm-rr-{budget}") if family == "vllm" else system
+    name = f"{system}-rr" if system.startswith("vllm-") else system
     workload = workload_of(argparse.Namespace(**options), rate_rps, seed)
     return summarize(simulate(system_named(name), workload, cluster).records)
 

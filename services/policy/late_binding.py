@@ -279,9 +279,10 @@ class WaitingSet:
         """Let HP take what only HP can save, as far as it makes it."""
         view, pace = instance.view, instance.pace
         bindings: list[Binding] = []
+        due_s = math.fsum(pace.remaining_work_s(one) for one in view.queue if one.started or one.urgent)
         for _, request in [entry for entry in self._ranked if entry[1].request_id in self._urgent]:
             full = view.decodes + len(view.queue) >= view.max_num_seqs
-            if view.draining or full or _due_work_s(instance) >= self.policy.committed_steps * pace.capacity_s:
+            if view.draining or full or due_s >= self.policy.committed_steps * pace.capacity_s:
                 break
             work_s = pace.remaining_work_s(request)
             ahead = (one for one in view.queue if one.started or one.deadline_s <= request.deadline_s)
@@ -291,6 +292,7 @@ class WaitingSet:
             self.discard(request.request_id)
             request.urgent = True
             instance.add(request)
+            due_s += work_s
             bindings.append(Binding(request, view.worker_id, Draw.URGENT, "the LP workers would miss it"))
         return bindings
 
@@ -337,11 +339,6 @@ def _soonest(request: QueuedRequest, instance: Instance) -> tuple[bool, float]:
     """Sort instances with nothing queued first, then by when they would be done with a request."""
     pace = instance.pace
     return instance.work_s > 0, pace.finish_s(instance.work_s + pace.remaining_work_s(request))
-
-
-def _due_work_s(instance: Instance) -> float:
-    """Return the work on an HP that is not there by a ticket alone, in seconds."""
-    return math.fsum(instance.pace.remaining_work_s(one) for one in instance.view.queue if one.started or one.urgent)
 
 
 def _work(instance: Instance) -> float:

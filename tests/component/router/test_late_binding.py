@@ -188,7 +188,7 @@ async def test_hp_draws_urgent_and_ticketed_work(tokenizer_directory: Path) -> N
         await asyncio.gather(*tasks)
     assert {"ticketed", "tight"} <= {submit.request_id for submit in high.submitted}
     assert status.counters["tickets"] > 0
-    assert status.counters["tickets"] + status.counters["offload"] == len(high.submitted)
+    assert status.counters["tickets"] + status.counters["offloads"] == len(high.submitted)
 
 
 async def test_a_drained_router_ends_what_it_holds(tokenizer_directory: Path) -> None:
