@@ -268,7 +268,7 @@ class PlacingRouter:
         """Let HP instances with nothing urgent draw waiting work."""
         ledger = self._ledger
         assert ledger is not None
-        ledger.issue((state.view for state in self._high), self._tightest_tbt_s, now_s)
+        ledger.issue(((state.view, state.pace) for state in self._high), self._tightest_tbt_s, now_s)
         if not ledger.free:
             return
         backlogged = (state for state in self._low if state.work_s > state.pace.capacity_s and _may_give(state))

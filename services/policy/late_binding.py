@@ -200,7 +200,7 @@ class WaitingSet:
                 return False
             if not split or instance.view.role is not Role.HIGH:
                 return True
-            return tickets is not None and _may_draw_ticket(instance.view, tickets, tightest_s)
+            return tickets is not None and _may_draw_ticket(instance, tickets, tightest_s)
 
         open_ = [instance for instance in instances if may_draw(instance)]
         while open_ and (self._ranked or self._late):
@@ -330,9 +330,9 @@ class WaitingSet:
         return None
 
 
-def _may_draw_ticket(view: InstanceView, tickets: TicketPolicy, tbt_s: float) -> bool:
-    held = sum(request.ticketed for request in view.queue)
-    return held < tickets.leases and not ticket_room(view, tickets, tbt_s)
+def _may_draw_ticket(instance: Instance, tickets: TicketPolicy, tbt_s: float) -> bool:
+    held = sum(request.ticketed for request in instance.view.queue)
+    return held < tickets.leases and not ticket_room(instance.view, instance.pace, tickets, tbt_s)
 
 
 def _soonest(request: QueuedRequest, instance: Instance) -> tuple[bool, float]:

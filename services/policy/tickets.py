@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from services.policy.prefill import PrefillPace
 from services.policy.state import InstanceView, QueuedRequest
 from services.policy.step_time import StepShape
 
@@ -20,8 +21,9 @@ class TicketPolicy:
     """Issue only while a step with the newcomers takes at most this share of the TBT objective."""
     kv_share: float = 0.8
     """Issue only while at most this share of the KV cache is in use."""
-    backlog_tokens: int = 1024
-    """Issue only while fewer prefill tokens than this wait on the instance."""
+    backlog_share: float = 1.0
+    """Issue only while the prefill work that waits on the instance takes less than this share of the TBT objective:
+    about what one step takes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,18 @@ class Ticket:
     """Instance that may give a request; empty while not granted."""
 
 
-def ticket_room(view: InstanceView, policy: TicketPolicy, tbt_s: float) -> str:
+def ticket_room(view: InstanceView, pace: PrefillPace, policy: TicketPolicy, tbt_s: float) -> str:
     """Return why an instance should not issue tickets now, or an empty string if it may.
 
     Args:
-        tbt_s: tightest TBT objective that it must keep.
+        pace: the instance's.
+        tbt_s: tightest TBT objective that it must keep; 0: none, and no bound by it.
     """
     if view.draining:
         return "draining"
     if any(request.urgent for request in view.queue):
         return "urgent requests wait"
-    if sum(request.remaining_tokens for request in view.queue) >= policy.backlog_tokens:
+    if tbt_s > 0 and sum(map(pace.remaining_work_s, view.queue)) >= policy.backlog_share * tbt_s:
         return "its own backlog fills a step"
     if view.decodes + len(view.queue) + policy.leases > view.max_num_seqs:
         return "no free sequence slots"
@@ -76,11 +79,11 @@ class TicketLedger:
         self._expire(now_s)
         return sum(ticket.issuer == issuer for ticket in self._live.values())
 
-    def issue(self, views: Iterable[InstanceView], tbt_s: float, now_s: float) -> list[Ticket]:
+    def issue(self, instances: Iterable[tuple[InstanceView, PrefillPace]], tbt_s: float, now_s: float) -> list[Ticket]:
         """Issue as many tickets as the instances with room may, and return them; revoke those of instances without."""
         issued = []
-        for view in views:
-            if ticket_room(view, self.policy, tbt_s):
+        for view, pace in instances:
+            if ticket_room(view, pace, self.policy, tbt_s):
                 self.revoke(view.worker_id)
                 continue
             for _ in range(self.policy.leases - self.live(view.worker_id, now_s)):

@@ -13,7 +13,7 @@ from ascendra.v1 import cluster_pb2, worker_pb2
 from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s, waited_too_long
 from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload, is_at_risk
-from services.policy.prefill import PrefillPace, TtftEstimate
+from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace
 from services.policy.state import QueuedRequest, Role
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
 from services.router import metrics
@@ -245,8 +245,9 @@ class Rebalancer:
         if self._ledger.policy.leases <= 0 or not high:
             return
         objectives_s = [p.request.spec.slo.tbt_s for queue in queues for p in queue.placed.values()]
-        views = [self._dispatcher.placer.view(link, now_s) for link in high]
-        issued = self._ledger.issue(views, min(objectives_s, default=0.0), now_s)
+        views = ((self._dispatcher.placer.view(link, now_s), link.instance.budget) for link in high)
+        instances = ((view, instance_pace(view, budget)) for view, budget in views)
+        issued = self._ledger.issue(instances, min(objectives_s, default=0.0), now_s)
         metrics.TICKETS.labels("issued").inc(len(issued))
         backlogs_s = {
             queue.link.worker_id: queue.pace.finish_s(

@@ -14,7 +14,7 @@ def test_cap_keeps_the_share_of_the_objective(model: StepTimeModel, tbt_s: float
     cap = decode_cap(model, tbt_s, context, 256, 0.15)
     assert 1 <= cap <= 256
     if cap > 1:
-        assert model.planned_step_s(StepShape(32, cap, cap * context)) <= 0.85 * tbt_s
+        assert model.planned_step_s(StepShape(0, cap, cap * context)) <= 0.85 * tbt_s
 
 
 def test_cap_shrinks_with_the_objective_and_the_context() -> None:

@@ -4,9 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from services.policy.prefill import PrefillPace, instance_pace
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
-from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.step_time import A100_LLAMA3_8B, StepTimeBin, StepTimeModel
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket, ticket_room
+from services.policy.token_budget import BudgetPolicy
 
 POLICY = TicketPolicy(leases=2, lease_s=0.2)
 
@@ -21,10 +23,15 @@ def instance(name: str = "hp", **changes: object) -> InstanceView:
     return InstanceView(worker_id=name, role=Role.HIGH, model=A100_LLAMA3_8B, **changes)  # type: ignore[arg-type]
 
 
+def paced(view: InstanceView) -> tuple[InstanceView, PrefillPace]:
+    """Return an instance with its pace."""
+    return view, instance_pace(view, BudgetPolicy())
+
+
 def test_life_of_a_ticket() -> None:
     """Issued, granted to the most backlogged, redeemed once."""
     ledger = TicketLedger(POLICY)
-    issued = ledger.issue([instance()], 0.1, 0.0)
+    issued = ledger.issue([paced(instance())], 0.1, 0.0)
     assert len(issued) == 2
     granted = ledger.grant({"lp1": 0.5, "lp2": 2.0}, 1.0, 0.0)
     assert [ticket.holder for ticket in granted] == ["lp2", "lp2"]
@@ -37,7 +44,7 @@ def test_life_of_a_ticket() -> None:
 def test_tickets_spread_as_backlogs_fall() -> None:
     """Each grant counts against the backlog at once, and nobody without backlog gets one."""
     ledger = TicketLedger(TicketPolicy(leases=4))
-    ledger.issue([instance()], 0.1, 0.0)
+    ledger.issue([paced(instance())], 0.1, 0.0)
     granted = ledger.grant({"lp1": 1.5, "lp2": 1.0, "lp3": 0.0, "hp": 9.0}, 1.0, 0.0)
     assert sorted(ticket.holder for ticket in granted) == ["lp1", "lp1", "lp2"]
 
@@ -45,7 +52,7 @@ def test_tickets_spread_as_backlogs_fall() -> None:
 def test_an_instance_with_nothing_to_give_blocks_no_ticket() -> None:
     """What it releases goes to the next most backlogged at once, not when the lease is over."""
     ledger = TicketLedger(POLICY)
-    ledger.issue([instance()], 0.1, 0.0)
+    ledger.issue([paced(instance())], 0.1, 0.0)
     for ticket in ledger.grant({"lp1": 5.0, "lp2": 0.5}, 0.1, 0.0):
         assert ticket.holder == "lp1"
         ledger.release(ticket.ticket_id)
@@ -59,9 +66,9 @@ def test_an_instance_with_nothing_to_give_blocks_no_ticket() -> None:
 def test_urgent_arrival_revokes() -> None:
     """An instance with urgent work issues none and loses those it had."""
     ledger = TicketLedger(POLICY)
-    ledger.issue([instance()], 0.1, 0.0)
+    ledger.issue([paced(instance())], 0.1, 0.0)
     granted = ledger.grant({"lp": 5.0}, 0.1, 0.0)
-    assert ledger.issue([instance(queue=[waiting(urgent=True)])], 0.1, 0.0) == []
+    assert ledger.issue([paced(instance(queue=[waiting(urgent=True)]))], 0.1, 0.0) == []
     assert not ledger.redeem(granted[0].ticket_id, 0.01)
 
 
@@ -75,10 +82,18 @@ def test_room_names_what_is_missing() -> None:
         instance(kv_used_tokens=81, kv_capacity_tokens=100),
         instance(decodes=200, decode_context_tokens=800_000),
     ]
-    assert ticket_room(instance(), POLICY, 0.1) == ""
-    reasons = [ticket_room(view, POLICY, 0.1) for view in closed]
+    assert ticket_room(*paced(instance()), POLICY, 0.1) == ""
+    reasons = [ticket_room(*paced(view), POLICY, 0.1) for view in closed]
     assert all(reasons)
     assert len(set(reasons)) == len(closed)
+
+
+def test_room_is_measured_in_time() -> None:
+    """What fills a step of a slow engine leaves room on a fast one."""
+    slow = StepTimeModel(bins=(StepTimeBin(max_tokens=0, a0=0.04, a2=0.002),))
+    views = [instance(queue=[waiting(tokens=256)]), instance(queue=[waiting(tokens=256)])]
+    views[1].model = slow
+    assert [bool(ticket_room(*paced(view), POLICY, 0.2)) for view in views] == [False, True]
 
 
 def test_the_first_request_out_of_reach_is_given() -> None:
@@ -109,7 +124,7 @@ class Ledger(RuleBasedStateMachine):
     def issue(self, urgent: bool, name: str) -> None:
         """Issue what may be."""
         view = instance(name, queue=[waiting(urgent=True)] if urgent else [])
-        self.seen += [ticket.ticket_id for ticket in self.ledger.issue([view], 0.1, self.now_s)]
+        self.seen += [ticket.ticket_id for ticket in self.ledger.issue([paced(view)], 0.1, self.now_s)]
 
     @rule(backlog_s=st.floats(0, 3))
     def grant(self, backlog_s: float) -> None:
