@@ -63,6 +63,10 @@ class Binder:
         """Return how many requests are held."""
         return len(self._held)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is held."""
+        return request_id in self._held
+
     def backlog_tokens(self) -> int:
         """Return the prefill tokens that a newcomer waits for here."""
         return self._waiting.backlog_tokens()

@@ -25,6 +25,9 @@ from services.router.worker_link import WorkerLink
 
 log = get_logger()
 
+_LOOK_S = 1.0
+"""How often requests that nobody has are looked for."""
+
 
 @dataclass(slots=True)
 class _Parked:
@@ -37,6 +40,9 @@ class Holder(Protocol):
 
     def __len__(self) -> int:
         """Return how many requests are held."""
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is held."""
 
     def backlog_tokens(self) -> int:
         """Return the prefill tokens that a newcomer waits for."""
@@ -75,6 +81,7 @@ class Dispatcher:
         self._where: dict[str, tuple[WorkerLink, Placed]] = {}
         self._parked: dict[str, _Parked] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._next_look_s = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -306,6 +313,20 @@ class Dispatcher:
                 retry_after_ms=1000,
             )
             self.fail(parked.request, error)
+
+    def end_adrift(self, now_s: float) -> None:
+        """Fail requests that nobody has: an error in this process lost them, and their clients must not wait for ever.
+
+        Every message and timer leaves a live request on a worker, parked or held, so none is met here otherwise.
+        """
+        if now_s < self._next_look_s:
+            return
+        self._next_look_s = now_s + _LOOK_S
+        for request_id, request in list(self.live.items()):
+            held = self.binder is not None and request_id in self.binder
+            if not held and request_id not in self._where and request_id not in self._parked:
+                log.error("request_adrift", request_id=request_id, tokens=len(request.generated))
+                self._lost(request, "the router lost track of it", "ADRIFT")
 
     # How it is done.
 

@@ -127,6 +127,7 @@ class Rebalancer:
     def round(self, now_s: float) -> None:
         """Take one round of decisions."""
         self._dispatcher.expire_parked(now_s)
+        self._dispatcher.end_adrift(now_s)
         self._expire(now_s)
         waiting = [link for link in self._dispatcher.links() if link.attached and link.instance.has_queue]
         if not waiting:

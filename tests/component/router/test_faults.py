@@ -51,6 +51,27 @@ async def test_a_missing_message_moves_the_stream(tokenizer_directory: Path) -> 
     assert "missing" in done.finished.receipt.attempts[1].reason
 
 
+async def test_a_request_that_an_error_lost_ends(tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the router's own while it moves a request leaves it nowhere: its client gets a status soon."""
+    one, two = ScriptedWorker("w1"), ScriptedWorker("w2")
+    one.step_s = two.step_s = 0.01
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("placement is broken")
+
+    async with cluster(tokenizer_directory, one, two) as router:
+        task = asyncio.create_task(router.collect(text_request(max_tokens=500)))
+        await until_tokens(router, 5)
+        with monkeypatch.context() as patched:
+            patched.setattr(router.router.dispatcher.placer, "choose", broken)
+            (one if one.submitted else two).send_step(sequence=10_000)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(task, 10)
+        assert status_of(caught.value) == (grpc.StatusCode.UNAVAILABLE, "ADRIFT", "false")
+        assert not router.router.dispatcher.live
+        assert (await router.collect(text_request(max_tokens=5))).token_ids == EXPECTED[:5]
+
+
 async def test_repeated_and_unknown_frames_are_dropped(tokenizer_directory: Path) -> None:
     """A message seen before, and tokens for handles nobody has, change nothing."""
     worker = ScriptedWorker()
