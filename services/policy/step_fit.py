@@ -17,6 +17,10 @@ _SCALES = (1.0, 512.0, 32.0, 32_768.0, 1e6)
 _FEATURES = ("step", "prefill token", "decode", "decode context token", "prefill context product")
 _MAX_STEP_S = 60.0
 _REFIT_STEPS = 32
+_KIND = 5
+"""Steps of a kind, the last ones, whose median tells what contradicts the fit from an outlier."""
+_PATIENCE = 4
+"""Steps before a contradiction leads to another fit."""
 _RECENT = 64
 """Steps that the correction and the detection of a changed machine look at."""
 _RATIO_WINDOW = 1024
@@ -96,7 +100,8 @@ class BinFit:
 class OnlineStepTimeFit:
     """Online fit of the step-time model of one engine.
 
-    About 15 us a step; every 32nd refits. Forgets slowly, and at once when recent steps show that the machine changed.
+    About 20 us a step; every 32nd refits, and where steps of a kind contradict the fit, a few of them. Forgets slowly,
+    and at once when recent steps show that the machine changed.
     `model()` is always physically possible: what is not is refused, and `note` says why.
     """
 
@@ -113,6 +118,10 @@ class OnlineStepTimeFit:
         self._prior = warm_start or A100_LLAMA3_8B
         self._limits = [bin.max_tokens for bin in self._prior.bins[:-1]]
         self._bins = [BinFit() for _ in self._prior.bins]
+        self._kinds = [(deque[float](maxlen=_KIND), deque[float](maxlen=_KIND)) for _ in self._prior.bins]
+        """Last residuals by bin, of steps without prefill and with."""
+        self._fitted_at = 0
+        """`samples` at the last fit."""
         self._keep = 1.0 - 1.0 / memory_steps
         self._quantile = quantile
         self._fitted = self._prior
@@ -145,13 +154,19 @@ class OnlineStepTimeFit:
         self._correction += 0.01 * min(max(residual, -_CLIP), _CLIP)
         self.samples += 1
 
+        index = bisect_left(self._limits, shape.prefill_tokens + shape.decodes)
+        kind = self._kinds[index][shape.prefill_tokens > 0]
+        kind.append(residual)
+        # What all of its kind show is no outlier, however rare they are: some prefills among thousands of decodes.
+        typical = sorted(kind)[len(kind) // 2]
         features = scaled_features(shape)
-        size = abs(residual)
-        tolerated = 2.5 * max(self._spread, 0.01)
+        size = abs(residual - typical)
+        spread = max(self._spread, 0.01)
+        tolerated = 2.5 * spread
         robust = 1.0 if size <= tolerated else (tolerated / size) ** 2
-        bin = self._bins[bisect_left(self._limits, shape.prefill_tokens + shape.decodes)]
-        bin.add(features, step_s, robust / (step_s * predicted_s), self._keep)
-        if self.samples % _REFIT_STEPS == 0 or len(self._recent) == _REFIT_STEPS // 4:
+        self._bins[index].add(features, step_s, robust / (step_s * predicted_s), self._keep)
+        contradicted = len(kind) > _KIND // 2 and abs(typical) > spread and self.samples - self._fitted_at >= _PATIENCE
+        if contradicted or self.samples % _REFIT_STEPS == 0 or len(self._recent) == _REFIT_STEPS // 4:
             self._refit()
         return True
 
@@ -167,6 +182,7 @@ class OnlineStepTimeFit:
     def _refit(self) -> None:
         """Fit every bin anew, refuse what cannot be, and publish the model."""
         self.note = ""
+        self._fitted_at = self.samples
         if abs(self._recent_bias(self._model)) > max(0.12, self._spread) and len(self._recent) == _RECENT:
             for bin in self._bins:
                 bin.forget(0.02)
