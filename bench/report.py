@@ -55,6 +55,12 @@ def roles_section(document: dict[str, Any]) -> str:
     )
 
 
+def pair_section(documents: Sequence[dict[str, Any]]) -> str:
+    """Render the runs of two engines on two cores as one table."""
+    lines = [settings_line("bench.cpu.pair", document["options"], document["commit"]) for document in documents]
+    return "\n\n".join([*lines, pair_table([result for document in documents for result in document["results"]])])
+
+
 def overhead_section(document: dict[str, Any]) -> str:
     """Render an overhead run."""
     # Files from before there was a client that goes through a gateway lack its cost.
@@ -120,7 +126,7 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["predictor_card_room"] = optional("predictor-card-simulated-room", card_section)
     sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
-    sections["cpu_pair"] = optional("cpu-pair", lambda d: pair_table(d["results"]))
+    sections["cpu_pair"] = pair_section([read(path.stem) for path in sorted(RESULTS.glob("cpu-pair*.json"))])
     sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: fidelity_table(d["cells"]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)

@@ -47,19 +47,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu.fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pairs", type=Path, help="result file of bench.cpu.pair")
+    parser.add_argument("pairs", type=Path, nargs="+", help="result files of bench.cpu.pair")
     parser.add_argument("--profile", required=True, help="step-time model of its engines")
     parser.add_argument("--out", type=Path, help="JSON file for the pairs")
     args = parser.parse_args(argv)
-    document = json.loads(args.pairs.read_text(encoding="utf-8"))
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in args.pairs]
     cells = []
-    for result in document["results"]:
-        run = {name: result[name] for name in ("system", "rate_rps", "seed")}
-        report = simulated(document["options"], args.profile, **run)
-        cells.append({**run, "delivery_s": 0.0, "live": result["report"], "simulated": report.as_dict()})
+    for document in documents:
+        for result in document["results"]:
+            run = {name: result[name] for name in ("system", "rate_rps", "seed")}
+            report = simulated(document["options"], args.profile, **run)
+            cells.append({**run, "delivery_s": 0.0, "live": result["report"], "simulated": report.as_dict()})
     cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))
     print(table(cells))
-    write_result(args.out, {"commit": commit_id(), "live": document["commit"], "profile": args.profile, "cells": cells})
+    write_result(
+        args.out, {"commit": commit_id(), "live": documents[-1]["commit"], "profile": args.profile, "cells": cells}
+    )
 
 
 if __name__ == "__main__":

@@ -181,15 +181,15 @@ def main() -> None:
     parser.add_argument(
         "--systems",
         nargs="+",
-        default=["vllm-2048", "vllm-64", "vllm-32", "ascendra"],
+        default=["vllm-2048", "vllm-48", "vllm-32", "ascendra"],
         help='"vllm-BUDGET", "ascendra" (LP and HP) or "unified"',
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.32, 0.4], help="requests per second")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.32, 0.4, 0.64, 0.8], help="requests per second")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="mean length of prompts")
     parser.add_argument("--output-tokens", type=int, default=64, help="mean length of answers")
     parser.add_argument("--ttft-ms", type=float, default=2000)
     parser.add_argument("--tbt-ms", type=float, default=200)
-    parser.add_argument("--seconds", type=float, default=60.0, help="length of a run")
+    parser.add_argument("--seconds", type=float, default=75.0, help="length of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, help="write raw results as JSON")
     arguments = parser.parse_args()

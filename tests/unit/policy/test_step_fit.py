@@ -1,15 +1,18 @@
 """The online fit learns, forgets, and refuses nonsense."""
 
+import csv
 import math
 import random
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 
 from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import A100_LLAMA3_8B, StepShape, StepTimeBin, StepTimeModel
 
+RECORDED = Path(__file__).with_name("cpu_steps.csv")
 TRUE = StepTimeModel((StepTimeBin(0, 0.008, 0.0, 1.2e-4, 2e-5, 2e-7, 3e-9),), safety_factor=1.0)
 
 
@@ -68,6 +71,27 @@ def test_rare_prefills_are_no_outliers(sigma: float) -> None:
         fit.observe(shape, slow.step_s(shape) * math.exp(rng.gauss(0, sigma)))
     shape = StepShape(100, 2, 800)
     assert fit.model().step_s(shape) == pytest.approx(slow.step_s(shape), rel=0.12)
+
+
+def test_steps_of_a_real_engine() -> None:
+    """A CPU worker's steps as recorded beside other work: prefills are predicted well soon, and planned safely.
+
+    110M parameters on one shared core; far from the profile, and few of the steps have prefill.
+    """
+    fit, errors, planned = OnlineStepTimeFit(), [], []
+    with RECORDED.open(encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            counts = (int(row[name]) for name in ("prefill_tokens", "decodes", "decode_context_tokens"))
+            shape, step_s = StepShape(*counts), float(row["step_s"])
+            model = fit.model()
+            if number >= 40 and shape.prefill_tokens:
+                errors.append(abs(math.log(step_s / model.step_s(shape))))
+                planned.append(step_s <= model.planned_step_s(shape))
+            fit.observe(shape, step_s)
+    assert len(errors) > 100
+    assert statistics.median(errors) < 0.12
+    assert statistics.quantiles(errors, n=10)[-1] < 0.25
+    assert statistics.fmean(planned) > 0.98
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.2])
