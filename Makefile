@@ -138,9 +138,11 @@ bench-cpu: setup ## The tables of real vLLM on two cores
 	$(PY) -m demo.build_model --out $(MODEL)
 	$(PY) -m bench.cpu.budget --demo-model $(MODEL) --out $(RESULTS)/cpu-budget.json
 	$(PY) -m bench.cpu.pair --demo-model $(MODEL) --out $(RESULTS)/cpu-pair.json
+	$(PY) -m bench.cpu.pair --demo-model $(MODEL) --systems vllm-48 vllm-32 ascendra --rates 0.8 \
+	  --out $(RESULTS)/cpu-pair-beyond-knee.json
 	taskset -c 0 $(PY) -m services.worker.profile --engine cpu --model .cache/m110 --dtype float32 --cpu-threads 1 \
 	  --max-num-seqs 64 --out $(RESULTS)/step-time-m110-cpu.json
-	$(PY) -m bench.cpu.fidelity $(wildcard $(RESULTS)/cpu-pair*.json) --profile $(RESULTS)/step-time-m110-cpu.json \
+	$(PY) -m bench.cpu.fidelity $(RESULTS)/cpu-pair*.json --profile $(RESULTS)/step-time-m110-cpu.json \
 	  --out $(RESULTS)/cpu-fidelity.json
 	$(PY) -m bench.moves --model $(MODEL) --out $(RESULTS)/moves-kv-vs-replay.json
 	$(PY) -m tests.cluster.exactness --out $(RESULTS)/moves-exactness.json

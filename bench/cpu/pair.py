@@ -184,7 +184,7 @@ def main() -> None:
         default=["vllm-2048", "vllm-48", "vllm-32", "ascendra"],
         help='"vllm-BUDGET", "ascendra" (LP and HP) or "unified"',
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.32, 0.4, 0.64, 0.8], help="requests per second")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.32, 0.4, 0.64], help="requests per second")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="mean length of prompts")
     parser.add_argument("--output-tokens", type=int, default=64, help="mean length of answers")
     parser.add_argument("--ttft-ms", type=float, default=2000)
