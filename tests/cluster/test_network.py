@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer
 
+from ascendra import AsyncClient
 from tests.support.cluster import Site, attached, running
 from tests.support.fault_proxy import FaultProxy, proxies
 from tests.support.load import Load, random_prompts, undisturbed
@@ -30,6 +31,7 @@ async def test_streams_survive_a_bad_network(site: Site, tokenizer: Tokenizer) -
                 await _narrow(network, load)
                 await _resetting(network, load)
                 await attached(client, 3)
+                await _busy(client, WORKERS[0])  # after the resets it may be on trial, and serve nobody yet
                 await _cut(network[0], load)
                 await attached(client, 3)
                 await load.further(10)
@@ -43,6 +45,14 @@ async def test_streams_survive_a_bad_network(site: Site, tokenizer: Tokenizer) -
     ]
     assert any("silent" in reason for reason in reasons), "nothing moved because of the cut"
     assert any("silent" not in reason for reason in reasons), "nothing moved because of a reset"
+
+
+async def _busy(client: AsyncClient, worker_id: str) -> None:
+    """Wait until a worker runs several streams."""
+    async with asyncio.timeout(60):
+        async for status in client.watch_status(0.1):
+            if any(worker.worker_id == worker_id and worker.running >= 3 for worker in status.workers):
+                return
 
 
 async def _slow(network: Sequence[FaultProxy], load: Load) -> None:
