@@ -10,7 +10,7 @@ from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import Engine, EngineConfig
 from bench.simulator.instance import Instance, StepTimeTruth
 from bench.simulator.request import SimRequest
-from bench.simulator.systems import SYSTEMS, simulate
+from bench.simulator.systems import SYSTEMS, System, simulate
 from bench.simulator.view import RoutedRequest, WorkerState
 from bench.workloads import TraceRow, WorkloadRequest, make_workload, slo_set
 from services.policy.order import OrderPolicy
@@ -219,8 +219,13 @@ def test_hps_follow_the_pressure_both_ways() -> None:
     counts = [count for _, count in run.role_changes]
     assert counts == [2, 1]
     assert all(record.outcome is Outcome.FINISHED for record in run.records)
-    kept = sum(map(attains, run.records[: len(heavy)]))
-    assert kept > 1.1 * sum(map(attains, simulate(fixed, heavy, config).records))
+
+    def kept(system: System) -> int:
+        """Of the overload, with three draws of step times: one alone scatters by 3%."""
+        runs = (simulate(system, heavy, replace(config, seed=seed)) for seed in range(3))
+        return sum(attains(record) for run in runs for record in run.records)
+
+    assert kept(elastic) > 1.1 * kept(fixed)
 
 
 def test_the_planner_learns_a_slower_machine() -> None:
