@@ -11,7 +11,7 @@ from services.common.errors import ServiceError
 from services.common.metrics import TBT_BUCKETS_S, TTFT_BUCKETS_S, ClassHistogram, bounded
 
 REASONS = {
-    "bad_cursor", "bad_handle", "cancelled", "class_not_allowed", "concurrent_requests", "context_length",
+    "adrift", "bad_cursor", "bad_handle", "cancelled", "class_not_allowed", "concurrent_requests", "context_length",
     "deadline_exceeded", "draining", "encode_queue", "engine_died", "engine_error", "finished", "internal",
     "invalid_argument", "kv_export", "live_limit", "no_chat_template", "no_worker", "not_found", "other_tenant",
     "overloaded", "pinned", "queue_full", "refused", "request_id_in_use", "request_rate", "resource_exhausted",
