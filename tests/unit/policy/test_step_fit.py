@@ -175,9 +175,10 @@ def test_scatter_is_refused_with_its_reason() -> None:
     fit, rng, notes = OnlineStepTimeFit(A100_LLAMA3_8B), random.Random(1), set()
     for _ in range(1000):
         fit.observe(shapes(rng), rng.uniform(0.001, 1.0))
-        notes.add(fit.note)
+        if fit.samples >= 8:  # the first fit
+            notes.add(fit.note)
     assert any("scatter" in note for note in notes)
-    assert fit.note
+    assert all(notes), "a fit was accepted"
 
 
 def test_observe_is_cheap() -> None:
