@@ -170,7 +170,8 @@ async def test_hp_admits_no_more_than_its_gaps_allow(fleet: WorkerFleet) -> None
 
     async def most_resident(client: AttachClient, max_tokens: int) -> int:
         first = len(client.telemetry)
-        streams = [client.submit(prompt(20), max_tokens=max_tokens, ttft_ms=60_000, tbt_ms=22) for _ in range(24)]
+        # A step of one takes 15 ms, of 24 it takes 17: HP may plan 16, which are exceeded before, whatever the safety.
+        streams = [client.submit(prompt(20), max_tokens=max_tokens, ttft_ms=60_000, tbt_ms=19) for _ in range(24)]
         await finish(*streams)
         return max(step.running for step in client.telemetry[first:])
 
