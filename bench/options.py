@@ -4,14 +4,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import StepTimeTruth
 from bench.simulator.systems import SYSTEMS, system_named
-from bench.workloads import SloClass, TraceRow, WorkloadRequest, load_trace, make_workload, slo_set
+from bench.workloads import (
+    MOONCAKE_BLOCK_TOKENS,
+    SloClass,
+    TraceRow,
+    WorkloadRequest,
+    load_trace,
+    make_workload,
+    slo_set,
+)
 from services.policy.step_time import PROFILES, StepShape, StepTimeModel
 
 UNLOADED_CHUNK_TOKENS = 2048
@@ -46,7 +54,9 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `setting_from` reads."""
     parser.add_argument("--trace", type=Path, required=True, help="trace file; formats: see bench/workloads.py")
     parser.add_argument("--arrivals", default="poisson", help="poisson, gamma:<cv> or trace (default: %(default)s)")
-    parser.add_argument("--slo", default="1000/100", help="A, B, C or <ttft ms>/<tbt ms> (default: %(default)s)")
+    parser.add_argument(
+        "--slo", default="1000/100", help="A, B, C, B/<tbt ms> or <ttft ms>/<tbt ms> (default: %(default)s)"
+    )
     parser.add_argument("--instances", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--requests", type=int, default=0, help="per run; default: 4000, or the whole trace in its time"
@@ -74,8 +84,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 def setting_from(args: argparse.Namespace) -> Setting:
     """Build a setting; exits with a message when an option makes no sense."""
     try:
-        cluster = cluster_from(args, args.instances)
         trace = load_trace(args.trace)
+        cluster = cluster_for(trace, cluster_from(args, args.instances))
         requests = args.requests or (len(trace) if args.arrivals == "trace" else 4000)
         classes = slo_set(args.slo, UnloadedTtft(cluster.believed))
         setting = Setting(trace, args.arrivals, requests, classes, cluster)
@@ -102,6 +112,14 @@ def cluster_from(args: argparse.Namespace, instances: int) -> ClusterConfig:
         hop_s=args.hop_ms / 1e3,
         staleness_s=args.staleness_ms / 1e3,
     )
+
+
+def cluster_for(trace: Sequence[TraceRow], cluster: ClusterConfig) -> ClusterConfig:
+    """Return the hardware with prefix caches, in blocks as the trace has them, if it says which prompts begin alike."""
+    if not any(row.prefix_hashes for row in trace):
+        return cluster
+    engine = replace(cluster.engine, prefix_caching=True, block_tokens=MOONCAKE_BLOCK_TOKENS)
+    return replace(cluster, engine=engine)
 
 
 def emulated_cluster(

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.bound import capacity_bound_rps, most_kept, works_s
 from bench.capacity import measure, report_at
-from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_from, load_profile
+from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_for, cluster_from, load_profile
 from bench.result_files import commit_id, write_result
 from bench.workloads import load_trace, slo_set
 
@@ -258,7 +258,7 @@ def workload_setting(workload: Workload, args: argparse.Namespace) -> Setting:
     """Return what a workload is measured under."""
     trace = load_trace(args.traces / FILES[workload.trace])
     classes = slo_set(workload.slo, UnloadedTtft(load_profile(args.profile)))
-    cluster = cluster_from(args, args.instances)
+    cluster = cluster_for(trace, cluster_from(args, args.instances))
     return Setting(trace, workload.arrivals, workload.requests or len(trace), classes, cluster)
 
 

@@ -105,7 +105,7 @@ def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClas
 
     Args:
         name: `A` (2 s / 100 ms), `B` (0.2 s + 5x unloaded TTFT / 50 ms), `C` (half 1 s / 50 ms, half 10 s / 200 ms),
-            or `<ttft_ms>/<tbt_ms>` for one uniform objective.
+            `B/<tbt_ms>` for B with another TBT objective, or `<ttft_ms>/<tbt_ms>` for one uniform objective.
         unloaded_ttft_s: TTFT of a prompt of that many tokens on an idle instance; used by `B`.
 
     Raises:
@@ -118,12 +118,15 @@ def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClas
             return (SloClass("B", 0.2, 0.05, per_unloaded_ttft=5.0, unloaded_ttft_s=unloaded_ttft_s),)
         case "C":
             return (SloClass("interactive", 1.0, 0.05, share=0.5), SloClass("relaxed", 10.0, 0.2, share=0.5))
+    by_length = name.upper().startswith("B/")
     try:
-        ttft_ms, tbt_ms = (float(part) for part in name.split("/"))
+        ttft_ms, tbt_ms = (float(part) for part in (f"200/{name[2:]}" if by_length else name).split("/"))
     except ValueError:
-        raise ValueError(f"SLO set {name!r}: expected A, B, C or <ttft_ms>/<tbt_ms>") from None
+        raise ValueError(f"SLO set {name!r}: expected A, B, C, B/<tbt_ms> or <ttft_ms>/<tbt_ms>") from None
     if min(ttft_ms, tbt_ms) <= 0:
         raise ValueError(f"SLO set {name!r}: objectives must be positive")
+    if by_length:
+        return (SloClass(name, ttft_ms / 1e3, tbt_ms / 1e3, per_unloaded_ttft=5.0, unloaded_ttft_s=unloaded_ttft_s),)
     return (SloClass(name, ttft_ms / 1e3, tbt_ms / 1e3),)
 
 

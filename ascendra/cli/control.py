@@ -101,4 +101,5 @@ def _decision_table(response: cluster_pb2.ExplainResponse) -> Table:
 def _candidate(candidate: cluster_pb2.Candidate) -> str:
     if candidate.excluded:
         return f"{candidate.worker_id}: {candidate.excluded}"
-    return f"{candidate.worker_id}: {candidate.predicted_ttft_s * 1000:.0f} ms, miss {candidate.miss_ttft:.0%}"
+    cached = f", {candidate.cached_tokens} tokens cached" if candidate.cached_tokens else ""
+    return f"{candidate.worker_id}: {candidate.predicted_ttft_s * 1000:.0f} ms, miss {candidate.miss_ttft:.0%}{cached}"

@@ -182,16 +182,18 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("worker_id", "predicted_ttft_s", "miss_ttft", "excluded")
+    __slots__ = ("worker_id", "predicted_ttft_s", "miss_ttft", "excluded", "cached_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     MISS_TTFT_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     predicted_ttft_s: float
     miss_ttft: float
     excluded: str
-    def __init__(self, worker_id: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., miss_ttft: _Optional[float] = ..., excluded: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., miss_ttft: _Optional[float] = ..., excluded: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("at_ms", "kind", "rule", "from_worker_id", "to_worker_id", "candidates", "predicted_ttft_s")

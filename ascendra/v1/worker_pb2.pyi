@@ -66,7 +66,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining", "continuation", "kv_transfer")
+    __slots__ = ("worker_id", "protocol_version", "role", "model", "max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "engine", "engine_version", "incarnation", "step_time_model", "heartbeat_ms", "policy", "draining", "continuation", "kv_transfer", "prefix_block_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class Welcome(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CONTINUATION_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     protocol_version: int
     role: _common_pb2.Role
@@ -103,7 +104,8 @@ class Welcome(_message.Message):
     draining: bool
     continuation: Continuation
     kv_transfer: KvTransfer
-    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., kv_transfer: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
+    prefix_block_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., incarnation: _Optional[str] = ..., step_time_model: _Optional[_Union[_common_pb2.StepTimeModel, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., policy: _Optional[_Union[SchedulingPolicy, _Mapping]] = ..., draining: bool = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., kv_transfer: _Optional[_Union[KvTransfer, _Mapping]] = ..., prefix_block_tokens: _Optional[int] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("keyed_noise", "carried_penalties", "dtype")

@@ -1,18 +1,23 @@
 """vLLM v1's scheduling rules without vLLM: which tokens each step computes, KV blocks, preemption.
 
-Follows `Scheduler.schedule` and `update_from_output` of vLLM 0.32 for decoder-only text without prefix caching,
-speculation and connectors: running requests in list order, then waiting ones; prompts in chunks of what is left of
-the token budget; a request is admitted only when its whole prompt fits into free blocks; a running request that finds
-no block evicts the last of the list (under priority scheduling the least urgent), which starts over; a step that
-evicted admits nobody. A component test compares it with the real scheduler, step by step.
+Follows `Scheduler.schedule` and `update_from_output` of vLLM 0.32 for decoder-only text without speculation and
+connectors: running requests in list order, then waiting ones; prompts in chunks of what is left of the token budget,
+from the first token on that the prefix cache does not hold; a request is admitted only when its whole prompt fits into
+free blocks; a running request that finds no block evicts the last of the list (under priority scheduling the least
+urgent), which starts over; a step that evicted admits nobody. A test compares it with the real scheduler, step by step.
 """
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from bench.simulator.prefix_cache import BlockCache, Key
 from bench.simulator.request import SimRequest
+
+LOOK_UP_S = 0.5
+"""Age at which what was found in the prefix cache for a waiting request is looked up again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,8 @@ class EngineConfig:
     """Share of the blocks that an admission must leave free."""
     priority: bool = False
     """`--scheduling-policy priority`: waiting requests by (priority, arrival) instead of in order of arrival."""
+    prefix_caching: bool = False
+    """Each of a request's `prefix_hashes` is one block's."""
 
 
 @dataclass(slots=True)
@@ -50,6 +57,7 @@ class Engine:
 
     __slots__ = (
         "_block_tokens",
+        "_cache",
         "_max_model_len",
         "_watermark_blocks",
         "config",
@@ -69,6 +77,7 @@ class Engine:
         self.total_blocks = config.kv_tokens // config.block_tokens - 1
         self._watermark_blocks = int(config.watermark * (self.total_blocks + 1))
         self.free_blocks = self.total_blocks
+        self._cache = BlockCache(self.total_blocks) if config.prefix_caching else None
         self.max_num_seqs = config.max_num_seqs
         """May be lowered and raised between steps, as an elastic cap."""
         self.waiting: deque[SimRequest] = deque()
@@ -96,7 +105,16 @@ class Engine:
             return False
         self.waiting.remove(request)
         self.waiting_tokens -= request.remaining_tokens
+        request.computed_tokens, request.looked_up_s = 0, -math.inf
         return True
+
+    def look_up(self, now_s: float) -> None:
+        """See what the prefix cache holds of the waiting requests."""
+        if self._cache is not None:
+            for request in self.waiting:
+                if now_s - request.looked_up_s >= LOOK_UP_S:
+                    request.looked_up_s = now_s
+                    self._find(self._cache, request)
 
     def order_waiting(self, requests: Iterable[SimRequest]) -> None:
         """Replace the order of the waiting requests; preempted ones are among them."""
@@ -161,8 +179,9 @@ class Engine:
                     if victim is request:
                         # As in vLLM, nothing behind it is scheduled either.
                         return budget
-                self.free_blocks -= blocks
-                request.kv_tokens += blocks * block_tokens
+                self._take(request, blocks)
+            if self._cache is not None:
+                self._name_full(self._cache, request, end)
             scheduled.append((request, tokens))
             budget -= tokens
             if tokens == 1 and computed >= request.input_tokens:
@@ -187,7 +206,7 @@ class Engine:
             victim = self.running.pop()
         self._release(victim)
         victim.prompt_tokens = victim.total_tokens
-        victim.computed_tokens = 0
+        victim.computed_tokens, victim.looked_up_s = 0, -math.inf
         victim.started = True
         if victim.token_times_s:
             victim.last_token_s = victim.token_times_s[-1]
@@ -219,15 +238,25 @@ class Engine:
             request = waiting[0]
             watermark = self._watermark_blocks if running else 0
             whole = min(request.total_tokens, self._max_model_len)
-            if -(-whole // block_tokens) + watermark > self.free_blocks:
+            found: list[int] = []
+            needed = -(-whole // block_tokens) + watermark
+            if self._cache is not None:
+                found = self._find(self._cache, request)
+                needed += self._cache.idle(found) - len(found)
+            if needed > self.free_blocks:
                 break
             waiting.popleft()
             wanted = request.total_tokens - request.computed_tokens
             self.waiting_tokens -= wanted
             tokens = min(wanted, budget)
-            blocks = -(-(request.computed_tokens + tokens) // block_tokens)
-            self.free_blocks -= blocks
-            request.kv_tokens = blocks * block_tokens
+            end = request.computed_tokens + tokens
+            if found and self._cache is not None:
+                self._cache.share(found)
+                request.blocks = found
+                request.kv_tokens = len(found) * block_tokens
+            self._take(request, -(-(end - request.kv_tokens) // block_tokens))
+            if self._cache is not None:
+                self._name_full(self._cache, request, end)
             request.started = True
             running.append(request)
             step.scheduled.append((request, tokens))
@@ -236,9 +265,51 @@ class Engine:
             step.prefill_context_products += tokens * request.computed_tokens
             budget -= tokens
 
+    def _take(self, request: SimRequest, blocks: int) -> None:
+        request.kv_tokens += blocks * self._block_tokens
+        if self._cache is None:
+            self.free_blocks -= blocks
+        else:
+            request.blocks += self._cache.take(blocks)
+            self.free_blocks = self._cache.free
+
     def _release(self, request: SimRequest) -> None:
-        self.free_blocks += request.kv_tokens // self._block_tokens
+        if self._cache is None:
+            self.free_blocks += request.kv_tokens // self._block_tokens
+        else:
+            self._cache.release(request.blocks)
+            self.free_blocks = self._cache.free
+            request.blocks = []
+            request.named_blocks = 0
         request.kv_tokens = 0
+
+    def _find(self, cache: BlockCache, request: SimRequest) -> list[int]:
+        """Return the cached blocks with which a waiting request would start, and note how much they hold.
+
+        The last token is always computed: it is whose successor is wanted.
+        """
+        found: list[int] = []
+        for place in range((request.total_tokens - 1) // self._block_tokens):
+            block = cache.find(self._key(request, place))
+            if block < 0:
+                break
+            found.append(block)
+        tokens = len(found) * self._block_tokens
+        self.waiting_tokens += request.computed_tokens - tokens
+        request.computed_tokens = tokens
+        return found
+
+    def _name_full(self, cache: BlockCache, request: SimRequest, end: int) -> None:
+        """Make the blocks findable that are full once tokens up to `end` are computed, which vLLM does in advance."""
+        full = end // self._block_tokens
+        for place in range(request.named_blocks, full):
+            cache.name(request.blocks[place], self._key(request, place))
+        request.named_blocks = max(full, request.named_blocks)
+
+    def _key(self, request: SimRequest, place: int) -> Key:
+        if place < len(request.prefix_hashes) and (place + 1) * self._block_tokens <= request.input_tokens:
+            return request.prefix_hashes[place]
+        return request.request_id, place
 
     def _enqueue(self, request: SimRequest, *, front: bool) -> None:
         self.waiting_tokens += request.remaining_tokens

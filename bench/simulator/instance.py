@@ -133,6 +133,7 @@ class Instance:
         if not engine.running and not engine.waiting:
             return None
         self.relegated = []
+        engine.look_up(now_s)
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
         if self._paused:

@@ -1,5 +1,6 @@
 """A simulated request: what the policies see of it, and what only its engine knows."""
 
+import math
 from dataclasses import dataclass, field
 
 from bench.metrics import Outcome
@@ -11,7 +12,8 @@ class SimRequest(QueuedRequest):
     """A request in flight. The inherited fields are what its engine's policies read; the others are the engine's.
 
     `prompt_tokens` is what has to be in the KV cache before the next token, so a preempted request's grows by what it
-    had generated. `computed_tokens` is exact at every step end of its instance; the router knows a `RoutedRequest`.
+    had generated. `computed_tokens` is exact at every step end of its instance, and while it waits it is what was found
+    in the prefix cache; the router knows a `RoutedRequest`.
     """
 
     output_tokens: int
@@ -24,6 +26,12 @@ class SimRequest(QueuedRequest):
     """Prompt and generated tokens."""
     kv_tokens: int = 0
     """Tokens that its KV blocks have room for."""
+    blocks: list[int] = field(default_factory=list)
+    """Its KV blocks, under prefix caching."""
+    named_blocks: int = 0
+    """Of them, how many can be found by others."""
+    looked_up_s: float = -math.inf
+    """When the prefix cache was last asked what it holds of this waiting request."""
     preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
     """When each token left the engine."""

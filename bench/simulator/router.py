@@ -164,14 +164,12 @@ class PlacingRouter:
     def _choose(self, request: RoutedRequest, now_s: float) -> WorkerState:
         if self._policy.headroom:
             return self._by_headroom(request, self._policy.headroom, now_s)
-        prefix = request.sim.prefix_hashes
-        key = str(prefix[0]) if prefix else ""
 
         def ttft_s(view: InstanceView, request: QueuedRequest, _budget: BudgetPolicy) -> float:
             return self._by_id[view.worker_id].ttft_s(request, now_s)
 
         placement = place(
-            request, self._views, self._policy.placement, self._placement, self._policy.budget, key, ttft_s
+            request, self._views, self._policy.placement, self._placement, self._policy.budget, predict=ttft_s
         )
         assert placement.worker_id is not None
         return self._by_id[placement.worker_id]

@@ -20,6 +20,7 @@ from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.order import OrderPolicy
 from services.policy.placement import PlacementPolicy
+from services.policy.prefix import PrefixIndex
 from services.policy.relegation import LATE, NONE
 from services.policy.roles import RolePolicy, default_hp_count
 from services.policy.state import InstanceView, Role
@@ -248,6 +249,7 @@ def simulate(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             hop_s=2 * config.hop_s,
+            prefixes=PrefixIndex(engine.block_tokens, engine.kv_tokens) if engine.prefix_caching else None,
         )
         states.append(WorkerState(index, view, budget))
     cluster = Cluster(config, instances, give_up_after, warmup)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from bench.simulator.cluster import Cluster
 from bench.simulator.instance import StepReport
 from bench.simulator.request import SimRequest
-from services.policy.prefill import PrefillPace, StepInProgress, instance_pace, step_in_progress
+from services.policy.prefill import PrefillPace, StepInProgress, instance_pace, newcomer_work_s, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest
 from services.policy.telemetry import note_counted, see_step, share_out_progress
 from services.policy.token_budget import BudgetPolicy
@@ -35,6 +35,7 @@ class RoutedRequest(QueuedRequest):
             prompt_tokens=sim.prompt_tokens,
             priority=sim.priority,
             slo=sim.slo,
+            prefix=sim.prefix_hashes,
             sim=sim,
         )
 
@@ -116,7 +117,7 @@ class WorkerState:
     def ttft_s(self, request: QueuedRequest, now_s: float) -> float:
         """Seconds to a new request's first token behind everything queued there."""
         pace = self.pace
-        own_s = pace.remaining_work_s(request)
+        own_s = newcomer_work_s(self.view, pace, request)
         return self.running(now_s).newcomer(pace, self.work_s, own_s, self.view.hop_s).mean_s
 
     def ahead(self, now_s: float) -> Ahead:
@@ -127,6 +128,8 @@ class WorkerState:
     def add(self, request: QueuedRequest) -> None:
         """Count a request that is about to be sent there."""
         assert isinstance(request, RoutedRequest)
+        self.view.expects(request)
+        self.view.receives(request)
         self._sent[request.request_id] = request
         self.view.queue.append(request)
         if self._work_s is not None and not request.relegated:
@@ -134,6 +137,7 @@ class WorkerState:
 
     def expect(self, request: RoutedRequest) -> None:
         """Count a request that is about to be moved there."""
+        self.view.expects(request)
         self._coming[request.request_id] = request
         self._changed()
 
@@ -145,6 +149,7 @@ class WorkerState:
     def discard(self, request: RoutedRequest) -> None:
         """Forget a request that was handed back."""
         self._sent.pop(request.request_id, None)
+        self.view.returns(request)
         self._changed()
 
     def find(self, sim: SimRequest) -> RoutedRequest | None:
@@ -175,7 +180,8 @@ class WorkerState:
         sent = ((request, request.submitted_s) for request in self._sent.values())
         note_counted(sent, self._began_s - report.step_s, view.hop_s)
         for sim in report.first_tokens:
-            self._sent.pop(sim.request_id, None)
+            if routed := self._sent.pop(sim.request_id, None):
+                view.receives(routed)
         self._pace = None
         self._share_out(now_s)
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.policy.prefill import instance_pace, step_in_progress
+from services.policy.prefill import instance_pace, newcomer_work_s, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.token_budget import BudgetPolicy
 
@@ -30,7 +30,7 @@ class PlacementPolicy:
     """Most instances that are predicted for one request; of more, so many are drawn at random, so that the cost of a
     placement does not grow with the cluster. Not for round_robin and least_requests, which predict nothing."""
     max_owners: int = 10_000
-    """Prefixes remembered by prefix_affine."""
+    """Sessions remembered by prefix_affine."""
 
     def __post_init__(self) -> None:
         if self.name not in PLACEMENTS:
@@ -56,7 +56,7 @@ class PlacementState:
     tightest_ttft_s: OrderedDict[float, float] = field(default_factory=OrderedDict)
     """Of the objectives lately, by TBT objective, least recently used first."""
     owners: OrderedDict[str, str] = field(default_factory=OrderedDict)
-    """Prefix key to worker id, least recently used first."""
+    """Session to worker id, least recently used first."""
 
     def note_objective(self, slo: Slo) -> float:
         """Take note of an arrival's objective and return the tightest TTFT objective of its like, in seconds.
@@ -82,6 +82,8 @@ class PlacementCandidate:
     """What the policy compared; smaller is better."""
     excluded: str = ""
     """Why it could not be chosen."""
+    cached_tokens: int = 0
+    """Of the prompt, in its prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def queue_ttft_s(view: InstanceView, request: QueuedRequest, budget: BudgetPolic
     pace = instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if not queued.relegated)
     running = step_in_progress(view, pace)
-    return running.newcomer(pace, work_s, pace.remaining_work_s(request), view.hop_s).mean_s
+    return running.newcomer(pace, work_s, newcomer_work_s(view, pace, request), view.hop_s).mean_s
 
 
 def place(
@@ -116,7 +118,7 @@ def place(
     An HP that takes a request on its arrival spares it what a ticket costs: the rest of its LP's step.
 
     Args:
-        affinity_key: identifies the prefix or session for prefix_affine; empty: none.
+        affinity_key: identifies the session for prefix_affine, where no prefix is known; empty: none.
         predict: seconds to a request's first token on an instance; a caller may pass one that remembers.
     """
     reserve_s = policy.hp_fill * state.note_objective(request.slo)
@@ -126,8 +128,9 @@ def place(
     )
     candidates = []
     open_views: _Open = []
-    for view in _compared(views, policy, state, affinity_key, arrivals, fresh):
-        candidate = PlacementCandidate(view.worker_id, predict(view, request, budget), 0.0)
+    for view in _compared(request, views, policy, state, affinity_key, arrivals, fresh):
+        ttft_s = predict(view, request, budget)
+        candidate = PlacementCandidate(view.worker_id, ttft_s, 0.0, cached_tokens=view.cached_tokens(request))
         candidates.append(candidate)
         candidate.excluded = _closed(view, policy, arrivals, fresh)
         if not candidate.excluded and _is_reserve(view, arrivals) and candidate.ttft_s > reserve_s:
@@ -141,6 +144,7 @@ def place(
 
 
 def _compared(
+    request: QueuedRequest,
     views: Sequence[InstanceView],
     policy: PlacementPolicy,
     state: PlacementState,
@@ -148,15 +152,22 @@ def _compared(
     arrivals: bool,
     fresh: bool,
 ) -> Sequence[InstanceView]:
-    """Return the instances to predict: all, or of many that can be chosen some, the owner of the prefix among them."""
+    """Return the instances to predict: all, or of many that can be chosen some, the owner of the prefix among them.
+
+    Nobody owns one that they all have.
+    """
     if len(views) <= policy.compared or policy.name in (round_robin.__name__, least_requests.__name__):
         return views
     able = [view for view in views if not _closed(view, policy, arrivals, fresh)]
     if len(able) <= policy.compared:
         return able or views
-    owner = state.owners.get(affinity_key) if affinity_key else None
     drawn = state.rng.sample(able, policy.compared)
-    return drawn + [view for view in able if view.worker_id == owner and view not in drawn] if owner else drawn
+    owner = state.owners.get(affinity_key) if affinity_key else None
+    holder = max(able, key=lambda view: view.cached_tokens(request)) if request.prefix else None
+    names = {view.worker_id for view in drawn}
+    return drawn + [
+        view for view in able if (view is holder or view.worker_id == owner) and view.worker_id not in names
+    ]
 
 
 _RESERVED = "HP keeps its room for offloads"
@@ -221,19 +232,21 @@ def power_of_two(
 def prefix_affine(
     request: QueuedRequest, open_views: _Open, policy: PlacementPolicy, state: PlacementState, affinity_key: str
 ) -> tuple[str, str]:
-    """The instance that served this prefix last, until its load saturates."""
+    """The instance with the longest known prefix, else the session's last one, until its load saturates."""
     best, rule = least_predicted_work(request, open_views, policy, state, affinity_key)
-    if not affinity_key:
-        return best, rule
     loads = {candidate.worker_id: candidate.load for _, candidate in open_views}
-    owner = state.owners.get(affinity_key)
-    if owner in loads and loads[owner] <= loads[best] + policy.saturation_s:
+    held = {candidate.worker_id: candidate.cached_tokens for _, candidate in open_views}
+    longest = min(held, key=lambda worker_id: (-held[worker_id], loads[worker_id], worker_id))
+    owner = longest if held[longest] else state.owners.get(affinity_key) if affinity_key else None
+    stays = owner in loads and loads[owner] <= loads[best] + policy.saturation_s
+    chosen = owner if stays and owner is not None else best
+    if affinity_key:
+        state.owners[affinity_key] = chosen
         state.owners.move_to_end(affinity_key)
-        return owner, "owns the prefix"
-    state.owners[affinity_key] = best
-    state.owners.move_to_end(affinity_key)
-    while len(state.owners) > policy.max_owners:
-        state.owners.popitem(last=False)
+        while len(state.owners) > policy.max_owners:
+            state.owners.popitem(last=False)
+    if stays:
+        return chosen, "owns the prefix"
     return best, "least predicted work; owner saturated or gone" if owner else rule
 
 

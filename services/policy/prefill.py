@@ -122,6 +122,12 @@ def instance_pace(view: InstanceView, policy: BudgetPolicy) -> PrefillPace:
     return prefill_pace(view.model, load, policy, view.min_tbt_s or math.inf)
 
 
+def newcomer_work_s(view: InstanceView, pace: PrefillPace, request: QueuedRequest) -> float:
+    """Return the prefill work, in seconds, of a request that is not there yet: what no prefix cache saves it."""
+    cached = view.cached_tokens(request)
+    return pace.work_s(request.prompt_tokens - cached, cached)
+
+
 @dataclass(frozen=True, slots=True)
 class StepInProgress:
     """What the running step leaves to those who wait: it takes nobody in, and serves the head of the queue."""

@@ -1,8 +1,10 @@
 """State that the policies decide on: requests, instances, objectives. Times are seconds on the decider's own clock."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.policy.prefix import PrefixIndex
 from services.policy.step_time import StepTimeModel
 
 
@@ -34,6 +36,8 @@ class QueuedRequest:
     slo: Slo
     computed_tokens: int = 0
     """Of these, already computed here or found in this instance's prefix cache."""
+    prefix: Sequence[int] = ()
+    """Ids of the blocks of its prompt, for a decider that remembers what went where; empty: unknown."""
     priority: int = 0
     """Lower is more urgent; breaks ties between equal keys."""
     urgent: bool = False
@@ -97,3 +101,25 @@ class InstanceView:
     """Prefill tokens that were left to compute when that step began."""
     draining: bool = False
     """It takes no new requests."""
+    prefixes: PrefixIndex | None = None
+    """What its prefix cache probably holds; None: it has none."""
+
+    def cached_tokens(self, request: QueuedRequest) -> int:
+        """Return how much of a request that is not there its prefix cache probably holds."""
+        if self.prefixes is None or not request.prefix:
+            return 0
+        return self.prefixes.cached_tokens(request.prefix, request.prompt_tokens)
+
+    def expects(self, request: QueuedRequest) -> None:
+        """Set what a request that is about to be sent there finds computed."""
+        request.computed_tokens = self.cached_tokens(request)
+
+    def receives(self, request: QueuedRequest) -> None:
+        """Take note of a request that is sent there now: the next one like it finds its prompt."""
+        if self.prefixes is not None:
+            self.prefixes.add(request.prefix, request.prompt_tokens)
+
+    def returns(self, request: QueuedRequest) -> None:
+        """Take note that it gave a request back that it had not started."""
+        if self.prefixes is not None:
+            self.prefixes.discard(request.prefix, request.computed_tokens)

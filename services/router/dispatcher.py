@@ -230,6 +230,8 @@ class Dispatcher:
             request.moved_by(MoveMethod.KV if kv_handle else MoveMethod.REPLAY)
         if kv_handle:
             queued.computed_tokens = queued.prompt_tokens - 1
+        else:
+            link.instance.view.expects(queued)
         handle = link.new_handle()
         placed = Placed(request, number, handle, queued, now_s, len(request.generated), now_s, by_kv=bool(kv_handle))
         placed.predicted_s, placed.queue_ahead_s = predicted or self.placer.predict(link, queued, now_s)

@@ -10,6 +10,7 @@ from services.policy.prefill import (
     StepInProgress,
     TtftEstimate,
     instance_pace,
+    newcomer_work_s,
     predict_in_order,
     step_in_progress,
 )
@@ -21,9 +22,8 @@ from services.policy.token_budget import BudgetPolicy, DecodeLoad
 class Ahead:
     """What a newcomer would wait for on an instance; grows as decisions send more there."""
 
-    worker_id: str
+    view: InstanceView
     pace: PrefillPace
-    hop_s: float
     work_s: float
     """Prefill work that is served before a newcomer, in seconds."""
     running: StepInProgress
@@ -36,11 +36,11 @@ class Ahead:
 
         It overtakes those with later deadlines unless one of them would miss for it: then it waits behind all.
         """
-        own_s = self._work_s(request)
+        own_s = newcomer_work_s(self.view, self.pace, request)
         before_s = self.work_s + sum(work_s for deadline_s, work_s in self.others if deadline_s <= request.deadline_s)
         if self._harms(before_s, own_s, request.deadline_s):
             before_s = self.work_s + sum(work_s for _, work_s in self.others)
-        return self.running.newcomer(self.pace, before_s, own_s, self.hop_s)
+        return self.running.newcomer(self.pace, before_s, own_s, self.view.hop_s)
 
     def _harms(self, before_s: float, own_s: float, deadline_s: float) -> bool:
         """Return whether a newcomer makes somebody miss who is served after it."""
@@ -54,10 +54,7 @@ class Ahead:
 
     def take(self, request: QueuedRequest) -> None:
         """Count a request that was decided to go there."""
-        self.work_s += self._work_s(request)
-
-    def _work_s(self, request: QueuedRequest) -> float:
-        return self.pace.work_s(request.prompt_tokens)  # it starts from nothing there
+        self.work_s += newcomer_work_s(self.view, self.pace, request)
 
 
 def deadline_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:
@@ -72,14 +69,14 @@ def deadline_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace:
         elif not queued.relegated:
             others.append((queued.deadline_s, own_s))
     others.sort()
-    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace), now_s, others)
+    return Ahead(view, pace, work_s, step_in_progress(view, pace), now_s, others)
 
 
 def kept_ahead(view: InstanceView, budget: BudgetPolicy, pace: PrefillPace | None = None) -> Ahead:
     """Return what is served before a new request that all present ones precede, relegated ones aside."""
     pace = pace or instance_pace(view, budget)
     work_s = sum(pace.remaining_work_s(queued) for queued in view.queue if queued.started or not queued.relegated)
-    return Ahead(view.worker_id, pace, view.hop_s, work_s, step_in_progress(view, pace))
+    return Ahead(view, pace, work_s, step_in_progress(view, pace))
 
 
 def newcomer_ahead(view: InstanceView, budget: BudgetPolicy, now_s: float, pace: PrefillPace | None = None) -> Ahead:

@@ -7,11 +7,12 @@ from ascendra.v1 import common_pb2, worker_pb2
 from services.common.wire import ROLE_FROM_PROTO
 from services.policy.delivery import is_allowance
 from services.policy.liveness import RecentMaximum, stall_limit_s
+from services.policy.prefix import PrefixIndex
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
 from services.policy.telemetry import INTO_ENGINE_S, note_counted, see_step, share_out_progress
 from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
-from services.router.request import LiveRequest
+from services.router.request import PREFIX_BLOCK_TOKENS, LiveRequest
 
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
 
@@ -89,6 +90,8 @@ class Instance:
         view.max_num_seqs = welcome.max_num_seqs
         view.max_num_batched_tokens = welcome.max_num_batched_tokens
         view.kv_capacity_tokens = welcome.kv_capacity_tokens
+        caches = welcome.prefix_block_tokens > 0
+        view.prefixes = PrefixIndex(PREFIX_BLOCK_TOKENS, view.kv_capacity_tokens) if caches else None
         view.draining = welcome.draining
         self.adopt(welcome.policy)
         self._queue.clear()
@@ -179,16 +182,22 @@ class Instance:
         if not self._queue and not self.running:
             self.steps_changed_s = placed.submitted_s  # an idle engine takes no steps: it stalls only from here on
         self._queue[placed.handle] = placed
+        self.view.receives(placed.queued)
 
     def first_token(self, placed: Placed) -> None:
         """Move a request from the queue to the decodes."""
         if self._queue.pop(placed.handle, None) is not None:
             self._decode_tbt_s[placed.request.spec.slo.tbt_s] += 1
+            self.view.receives(placed.queued)
 
     def gone(self, placed: Placed) -> None:
         """Forget a request, wherever it was."""
         if self._queue.pop(placed.handle, None) is not None:
+            if not placed.queued.started:
+                self.view.returns(placed.queued)
             return
+        if self.view.prefixes is not None:
+            self.view.prefixes.add(*placed.request.history_blocks())
         tbt_s = placed.request.spec.slo.tbt_s
         if self._decode_tbt_s[tbt_s] <= 1:
             del self._decode_tbt_s[tbt_s]
@@ -197,6 +206,7 @@ class Instance:
 
     def expect(self, queued: QueuedRequest) -> None:
         """Count a request that is about to be moved here."""
+        self.view.expects(queued)
         self._coming[queued.request_id] = queued
 
     def expect_no_more(self, request_id: str) -> None:

@@ -81,6 +81,7 @@ class Placer:
                 predicted_ttft_s=age_s + c.ttft_s,
                 miss_ttft=self.predictions.miss_probability(c.worker_id, c.ttft_s, c.ttft_s, left_s),
                 excluded=c.excluded,
+                cached_tokens=c.cached_tokens,
             )
             for c in choice.candidates
         ]

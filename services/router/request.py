@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ascendra.v1 import cluster_pb2, common_pb2, inference_pb2, worker_pb2
+from services.policy.prefix import block_ids
 from services.policy.state import QueuedRequest, Slo
 from services.router.mailbox import Sink
 from services.router.text import TextStream
@@ -17,6 +18,8 @@ from services.router.text import TextStream
 if TYPE_CHECKING:
     from services.router.tracing import RequestTrace
 
+PREFIX_BLOCK_TOKENS = 128
+"""In which prompts are compared with what workers hold: one block of vLLM on CPU, eight on CUDA."""
 MAX_DECISIONS = 64
 """Decisions kept of one request; later ones replace the last."""
 
@@ -124,7 +127,7 @@ class LiveRequest:
     __slots__ = (
         "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "_prefill_s", "arrival_s", "attempt", "attempts",
         "cached_prompt_tokens", "decisions", "first_token_s", "generated", "hops", "last_gap_s", "last_token_s",
-        "moves", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text", "trace",
+        "moves", "prefix", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -139,6 +142,8 @@ class LiveRequest:
             resumed: tokens that the client received before its stream broke.
         """
         self.spec = spec
+        self.prefix = block_ids(spec.prompt, PREFIX_BLOCK_TOKENS)
+        """Of the prompt without what was generated."""
         self.sink = sink
         self.arrival_s = arrival_s
         self.text = text
@@ -178,6 +183,11 @@ class LiveRequest:
     def has_tokens(self) -> bool:
         """A token was delivered, by this router or by the one before."""
         return len(self.generated) > 0
+
+    def history_blocks(self) -> tuple[tuple[int, ...], int]:
+        """Return the block ids of prompt and completion so far, and their tokens: how a next turn may begin."""
+        history = self.spec.prompt + self.generated.tobytes()
+        return block_ids(history, PREFIX_BLOCK_TOKENS), len(history) // 4
 
     def decide(self, record: DecisionRecord) -> None:
         """Remember a decision."""
@@ -360,6 +370,7 @@ class LiveRequest:
             arrival_s=self.arrival_s,
             prompt_tokens=self.spec.prompt_tokens + len(self.generated),
             slo=self.spec.slo,
+            prefix=self.prefix,
             priority=self.spec.priority,
             urgent=urgent,
             ticketed=ticketed,

@@ -153,6 +153,7 @@ class Worker:
                 keyed_noise=info.keyed_noise, carried_penalties=info.carried_penalties, dtype=info.dtype
             ),
             kv_transfer=_kv_transfer(info.kv_transfer),
+            prefix_block_tokens=info.prefix_block_tokens,
         )
 
     def heartbeat(self) -> worker_pb2.Heartbeat:

@@ -109,6 +109,7 @@ class VllmEngine:
                 max_num_seqs=config.scheduler_config.max_num_seqs,
                 max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
                 kv_capacity_tokens=int(facts.get("kv_capacity_tokens", 0)),
+                prefix_block_tokens=int(facts.get("prefix_block_tokens", 0)),
                 guided_decoding=not config.model_config.skip_tokenizer_init,
                 logprobs=settings.engine != "emulated",
                 policies=own_scheduler,

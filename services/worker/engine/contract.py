@@ -55,6 +55,8 @@ class EngineInfo:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_capacity_tokens: int
+    prefix_block_tokens: int
+    """Its prefix cache holds prompts in blocks of so many tokens; 0: it has none, or nothing is known."""
     guided_decoding: bool
     """Structured output and bad words are available (the tokenizer is loaded)."""
     logprobs: bool

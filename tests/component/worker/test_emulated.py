@@ -144,6 +144,30 @@ async def test_reprioritise_moves_a_request_behind_the_others(fleet: WorkerFleet
         assert second.times_s[0] <= third.times_s[0] < first.times_s[0]
 
 
+async def test_a_cached_prompt_waits_as_what_is_left_of_it(fleet: WorkerFleet) -> None:
+    """Whoever plans, gives up or reports waiting requests knows what the prefix cache saves them."""
+    ids, others = prompt(7000), prompt(7000)
+    async with AttachClient(fleet.address("emulated-slots")) as client:
+        block_tokens = client.welcome.prefix_block_tokens
+        assert 0 < block_tokens <= 128
+        await client.submit(ids, max_tokens=1, ttft_ms=20_000).finish()
+        blockers = [client.submit(prompt(50), max_tokens=30) for _ in range(2)]
+        for blocker in blockers:
+            await blocker.first_token.wait()
+        first = len(client.telemetry)
+        again = client.submit(ids + prompt(60), max_tokens=12, ttft_ms=20_000)
+        await finish(again, *blockers)
+        queued = {step.queued_prefill_tokens for step in client.telemetry[first:]}
+    assert max(queued) == 7060 - 7000 // block_tokens * block_tokens
+    async with AttachClient(fleet.address("emulated")) as client:
+        # A second of prefill, beyond an objective of 0.3 s unless it is cached.
+        await client.submit(ids, max_tokens=1, ttft_ms=20_000).finish()
+        cached, new = (client.submit(tokens, max_tokens=1, ttft_ms=300) for tokens in (ids, others))
+        await finish(cached, new)
+    assert (cached.relegated, new.relegated) == (False, True)
+    assert cached.times_s[0] < new.times_s[0]
+
+
 async def test_role_changes_while_running(fleet: WorkerFleet) -> None:
     """SetRole is announced to every router, and requests before and after it are served."""
     async with (

@@ -27,6 +27,25 @@ class Job:
     prompt: int
     output: int
     priority: int
+    family: int = 0
+    shared: int = 0
+    """Its first tokens, which all of its family have that are that long."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the family, then its own."""
+        return [self.family * 1000 + place for place in range(self.shared)] + [100_000 + int(self.name[1:])] * (
+            self.prompt - self.shared
+        )
+
+    @property
+    def prefix_hashes(self) -> tuple[int, ...]:
+        """One per block, equal where all tokens up to its end are."""
+        own = 1_000_000 + 1000 * int(self.name[1:])
+        blocks = range(-(-self.prompt // BLOCK_TOKENS))
+        return tuple(
+            1000 * self.family + place if (place + 1) * BLOCK_TOKENS <= self.shared else own + place for place in blocks
+        )
 
 
 @dataclass
@@ -44,6 +63,8 @@ class RealScheduler:
     def __init__(self, config: EngineConfig, model_dir: Path) -> None:
         import torch
         from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
@@ -66,7 +87,9 @@ class RealScheduler:
         model = ModelConfig(
             model=str(model_dir), skip_tokenizer_init=True, dtype="float32", max_model_len=config.max_model_len
         )
-        cache = CacheConfig(block_size=config.block_tokens, enable_prefix_caching=False)
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(config.block_tokens, sha256) if config.prefix_caching else None
+        cache = CacheConfig(block_size=config.block_tokens, enable_prefix_caching=config.prefix_caching)
         blocks = config.kv_tokens // config.block_tokens
         cache.num_gpu_blocks = blocks
         vllm_config = VllmConfig(
@@ -101,11 +124,12 @@ class RealScheduler:
         self.scheduler.add_request(
             Request(
                 request_id=job.name,
-                prompt_token_ids=[1] * job.prompt,
+                prompt_token_ids=job.token_ids,
                 sampling_params=SamplingParams(max_tokens=job.output, ignore_eos=True),
                 pooling_params=None,
                 arrival_time=float(job.step),
                 priority=job.priority,
+                block_hasher=self._hasher,
             )
         )
 
@@ -149,6 +173,7 @@ class Simulated:
                 total_tokens=job.prompt,
                 output_tokens=job.output,
                 priority=job.priority,
+                prefix_hashes=job.prefix_hashes,
                 slo=SLO,
             )
         )
@@ -164,17 +189,15 @@ class Simulated:
 
 
 def random_jobs(rng: random.Random, count: int, max_prompt: int, max_output: int) -> list[Job]:
-    """Requests that arrive in clumps over the first steps."""
-    return [
-        Job(
-            f"r{index:03d}",
-            rng.randrange(count),
-            rng.randint(1, max_prompt),
-            rng.randint(1, max_output),
-            rng.randrange(4),
-        )
-        for index in range(count)
-    ]
+    """Requests of three families that arrive in clumps over the first steps."""
+    jobs = []
+    for index in range(count):
+        prompt = rng.randint(1, max_prompt)
+        step, output, priority = rng.randrange(count), rng.randint(1, max_output), rng.randrange(4)
+        # At least one token is its own: what follows equal prompts would be equal too.
+        shared = rng.choice((0, prompt // 2, prompt - 1))
+        jobs.append(Job(f"r{index:03d}", step, prompt, output, priority, rng.randrange(1, 4), shared))
+    return jobs
 
 
 CASES = {
@@ -187,6 +210,20 @@ CASES = {
     "priority": EngineConfig(
         max_num_seqs=16, max_num_batched_tokens=256, kv_tokens=1024, max_model_len=1008, priority=True
     ),
+    "prefixes": EngineConfig(
+        max_num_seqs=16, max_num_batched_tokens=256, kv_tokens=4096, max_model_len=2032, prefix_caching=True
+    ),
+    "prefixes_tight_kv": EngineConfig(
+        max_num_seqs=16, max_num_batched_tokens=256, kv_tokens=1024, max_model_len=1008, prefix_caching=True
+    ),
+    "prefixes_priority": EngineConfig(
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        kv_tokens=1024,
+        max_model_len=1008,
+        priority=True,
+        prefix_caching=True,
+    ),
 }
 
 
@@ -198,7 +235,7 @@ def test_every_step_equals_vllm(case: str, seed: int, tmp_path: Path) -> None:
     rng = random.Random(f"{case}:{seed}")
     jobs = random_jobs(rng, 60, min(400, config.max_model_len // 3), 120)
     real, simulated = RealScheduler(config, tmp_path), Simulated(config)
-    left, step, preemptions = {job.name for job in jobs}, 0, 0
+    left, step, preemptions, computed = {job.name for job in jobs}, 0, 0, 0
     while left:
         for job in jobs:
             if job.step == step:
@@ -210,7 +247,10 @@ def test_every_step_equals_vllm(case: str, seed: int, tmp_path: Path) -> None:
         assert expected == got, f"step {step}"
         left -= set(got.finished)
         preemptions += len(got.preempted)
+        computed += sum(got.scheduled.values())
         step += 1
         assert step < 20_000
-    if case in ("tight_kv", "priority"):
+    if "tight_kv" in case or "priority" in case:
         assert preemptions > 0, "the case is meant to evict"
+    if case == "prefixes":
+        assert computed < sum(job.prompt + job.output for job in jobs) / 1.1, "the case is meant to find prefixes"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ LOAD = DecodeLoad(30, 30_000)
 POLICY = BudgetPolicy(delivery_s=0.01)
 
 
-def waiting(name: str, tokens: int, left_s: float, **state: bool) -> QueuedRequest:
+def waiting(name: str, tokens: int, left_s: float, **state: Any) -> QueuedRequest:
     """Return a request whose deadline is `left_s` from now."""
     slo = Slo(ttft_s=left_s, tbt_s=TBT_S)
     return QueuedRequest(request_id=name, arrival_s=NOW_S, prompt_tokens=tokens, slo=slo, **state)

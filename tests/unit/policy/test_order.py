@@ -1,5 +1,7 @@
 """The one order of waiting requests."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ policies = st.builds(
 )
 
 
-def waiting(name: str, tokens: int, arrival_s: float = 0.0, ttft_s: float = 2.0, **flags: bool) -> QueuedRequest:
+def waiting(name: str, tokens: int, arrival_s: float = 0.0, ttft_s: float = 2.0, **flags: Any) -> QueuedRequest:
     """Return a waiting request."""
     slo = Slo(ttft_s=ttft_s, tbt_s=0.1)
     return QueuedRequest(request_id=name, arrival_s=arrival_s, prompt_tokens=tokens, slo=slo, **flags)

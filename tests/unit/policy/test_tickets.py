@@ -1,5 +1,7 @@
 """Tickets are leases, and never more of them live than an instance has."""
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -13,7 +15,7 @@ from services.policy.token_budget import BudgetPolicy
 POLICY = TicketPolicy(leases=2, lease_s=0.2)
 
 
-def waiting(name: str = "r", tokens: int = 100, **flags: bool) -> QueuedRequest:
+def waiting(name: str = "r", tokens: int = 100, **flags: Any) -> QueuedRequest:
     """Return a waiting request."""
     return QueuedRequest(request_id=name, arrival_s=0, prompt_tokens=tokens, slo=Slo(ttft_s=1, tbt_s=0.1), **flags)
 

@@ -1,6 +1,7 @@
 """What a request would wait for elsewhere, and what its coming does to those who wait there."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -18,7 +19,7 @@ PACE = instance_pace(InstanceView(worker_id="idle", role=Role.HIGH, model=A100_L
 NOW_S = 100.0
 
 
-def waiting(name: str, tokens: int, left_s: float, **state: bool) -> QueuedRequest:
+def waiting(name: str, tokens: int, left_s: float, **state: Any) -> QueuedRequest:
     """Return a request whose deadline is `left_s` from now."""
     slo = Slo(ttft_s=left_s, tbt_s=0.1)
     return QueuedRequest(request_id=name, arrival_s=NOW_S, prompt_tokens=tokens, slo=slo, **state)

@@ -16,6 +16,7 @@ INFO = EngineInfo(
     max_num_seqs=8,
     max_num_batched_tokens=64,
     kv_capacity_tokens=1000,
+    prefix_block_tokens=0,
     guided_decoding=False,
     logprobs=True,
     policies=True,

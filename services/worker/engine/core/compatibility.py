@@ -36,10 +36,15 @@ def scheduler_mismatches(scheduler: type[Any] | None = None) -> list[str]:
         ]
         if required:
             found.append(f"Scheduler.{name} requires {required}")
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+
+    look_up = list(inspect.signature(KVCacheCoordinator.find_longest_cache_hit).parameters)
+    if look_up != ["self", "block_hashes", "max_cache_hit_length"]:
+        found.append(f"KVCacheCoordinator.find_longest_cache_hit takes {look_up}")
     source = inspect.getsource(scheduler.__init__)
     found += [
         f"Scheduler has no attribute {name}"
-        for name in ("waiting", "running", "requests", "max_num_scheduled_tokens")
+        for name in ("waiting", "running", "requests", "max_num_scheduled_tokens", "kv_cache_manager")
         if f"self.{name}" not in source
     ]
     return found

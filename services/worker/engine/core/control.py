@@ -39,6 +39,7 @@ class Control:
         cache = self._scheduler.cache_config
         return {
             "kv_capacity_tokens": int(cache.num_gpu_blocks or 0) * int(self._scheduler.block_size),
+            "prefix_block_tokens": int(self._scheduler.block_size) if cache.enable_prefix_caching else 0,
             "kv_transfer": self._scheduler.kv_transfer.describe(),
         }
 

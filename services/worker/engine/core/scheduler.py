@@ -19,6 +19,7 @@ from services.worker.engine.contract import EngineLoad, StepReport
 from services.worker.engine.core.control import Control, install_control
 from services.worker.engine.core.kv_transfer import KvTransfer, imports_kv
 from services.worker.engine.core.planner import DecodeState, StepPlan, StepPlanner
+from services.worker.engine.core.prefix_lookup import PrefixLookup
 from services.worker.engine.core.process import isolate_engine_core
 from services.worker.engine.core.reporting import ReportSocket
 from services.worker.engine.settings import PolicySettings
@@ -62,6 +63,7 @@ class PolicyScheduler:
         )
         self.control = Control(self)
         self.kv_transfer = KvTransfer(self)
+        self._prefixes = PrefixLookup(scheduler.kv_cache_manager)
         self._reports = ReportSocket(ours["reports"])
         self._queued: dict[str, QueuedRequest] = {}
         self._last_token_s: dict[str, float] = {}
@@ -121,7 +123,7 @@ class PolicyScheduler:
             self._step_ended_s = now_s
             self._steps += 1
             self.planner.learn(step.shape, step_s)
-            telemetry = self._telemetry(step, step_s)
+            telemetry = self._telemetry(step, step_s, now_s)
             self._reports.send(StepReport(step=telemetry, ended_s=now_s, preempted=step.preempted, kv_failed=kv_failed))
             self._load = None
         elif kv_failed or self._load_changed():
@@ -149,10 +151,10 @@ class PolicyScheduler:
             queued = self.queued(request)
             if request.status == RequestStatus.PREEMPTED:
                 queued.started = True
-                queued.computed_tokens = 0
                 queued.prompt_tokens = request.num_tokens
                 if request.num_output_tokens:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
+            queued.computed_tokens = self._prefixes.cached_tokens(request, now_s)
             waiting.append(queued)
         # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
         may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < _PAUSE_BELOW_KV_USAGE
@@ -252,11 +254,17 @@ class PolicyScheduler:
                 found.append(self.standing(request).get("request_id", ""))
         return found
 
-    def _telemetry(self, step: _Step, step_s: float) -> common_pb2.StepTelemetry:
+    def _telemetry(self, step: _Step, step_s: float, now_s: float) -> common_pb2.StepTelemetry:
         scheduler: Any = self
-        unfinished = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill_chunk)]
         queued_prefill = sum(
-            request.num_tokens - request.num_computed_tokens for request in unfinished if not imports_kv(request)
+            request.num_tokens - self._prefixes.cached_tokens(request, now_s)
+            for request in scheduler.waiting
+            if not imports_kv(request)
+        )
+        queued_prefill += sum(
+            request.num_tokens - request.num_computed_tokens
+            for request in scheduler.running
+            if request.is_prefill_chunk and not imports_kv(request)
         )
         return common_pb2.StepTelemetry(
             step=self._steps,
@@ -290,6 +298,7 @@ class PolicyScheduler:
     def _forget(self, request_id: str) -> None:
         for table in (self._queued, self._last_token_s, self._preemptions):
             table.pop(request_id, None)
+        self._prefixes.forget(request_id)
 
 
 class SyncPolicyScheduler(PolicyScheduler, Scheduler):

@@ -1,0 +1,37 @@
+"""What vLLM's prefix cache holds of requests that wait: their prefill is that much shorter."""
+
+from typing import Any
+
+from vllm.v1.request import Request
+
+_ASKED_ANEW_S = 0.5
+"""A look-up walks all blocks that it finds: for a long prompt, some tenths of a millisecond."""
+
+
+class PrefixLookup:
+    """Remembers answers for a while, since waiting requests are planned in every step."""
+
+    def __init__(self, kv_cache_manager: Any) -> None:
+        self._manager = kv_cache_manager
+        self._found: dict[str, tuple[float, int]] = {}
+        """By request: when it was looked up, and the tokens."""
+
+    def cached_tokens(self, request: Request, now_s: float) -> int:
+        """Return how many tokens of a request that holds no blocks need not be computed."""
+        asked_s, tokens = self._found.get(request.request_id, (-_ASKED_ANEW_S, 0))
+        if now_s - asked_s >= _ASKED_ANEW_S:
+            tokens = self._look_up(request)
+            self._found[request.request_id] = now_s, tokens
+        return tokens
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request."""
+        self._found.pop(request_id, None)
+
+    def _look_up(self, request: Request) -> int:
+        manager = self._manager
+        if not manager.enable_caching or request.skip_reading_prefix_cache:
+            return 0
+        # As KVCacheManager.get_computed_blocks, which also counts the query in vLLM's statistics.
+        found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
+        return int(found[1])
