@@ -7,12 +7,14 @@ whatever step it is computed in, and what is served in time costs at least the s
 keep a share of all requests does best by keeping the cheapest.
 
 It says nothing of queueing, so it is loose for bursts, and it lets every step of every instance be of the best size.
+Where prompts share beginnings, every block that came before is taken to be cached, wherever the request goes.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.workloads import WorkloadRequest
+from services.policy.prefix import PrefixIndex
 from services.policy.step_time import StepTimeModel
 
 if TYPE_CHECKING:
@@ -20,14 +22,21 @@ if TYPE_CHECKING:
 
 
 def least_work_s(
-    prompt_tokens: int, output_tokens: int, model: StepTimeModel, tbt_s: float, step_overhead_s: float = 0.0
+    prompt_tokens: int,
+    output_tokens: int,
+    model: StepTimeModel,
+    tbt_s: float,
+    step_overhead_s: float = 0.0,
+    cached_tokens: int = 0,
 ) -> float:
     """Return the engine seconds that a request costs at the least.
 
     Args:
         tbt_s: no step lasts longer.
         step_overhead_s: between two steps.
+        cached_tokens: of the prompt, not computed.
     """
+    new_tokens = prompt_tokens - cached_tokens
     chunk_tokens = prompt_tokens
     prefill_s, decode_s = [], []
     decodes = output_tokens - 1
@@ -41,9 +50,9 @@ def least_work_s(
         else:
             stretch, per_token_s = 1 / max(1 - fixed_s / tbt_s, 1e-9), 0.0
             chunk_tokens = max(int((tbt_s - fixed_s) / bin.prefill_token_s), 1)
-        products = _least_products(prompt_tokens, chunk_tokens)
-        prefill_work_s = bin.prefill_token_s * prompt_tokens + bin.a5 * products
-        prefill_s.append(stretch * prefill_work_s + per_token_s * prompt_tokens)
+        products = _least_products(new_tokens, chunk_tokens) + new_tokens * cached_tokens
+        prefill_work_s = bin.prefill_token_s * new_tokens + bin.a5 * products
+        prefill_s.append(stretch * prefill_work_s + per_token_s * new_tokens)
         decode_s.append(stretch * ((bin.a1 + bin.a3) * decodes + bin.a4 * contexts) + per_token_s * decodes)
     return min(prefill_s) + min(decode_s)
 
@@ -57,12 +66,18 @@ def _least_products(prompt_tokens: int, chunk_tokens: int) -> float:
 def works_s(setting: "Setting", workload: Sequence[WorkloadRequest]) -> list[float]:
     """Return each request's least work; steps may last as long as the loosest TBT objective allows."""
     tbt_s = max(slo_class.tbt_s for slo_class in setting.classes)
-    truth = setting.cluster.truth
-    return [
-        truth.bias
-        * least_work_s(request.prompt_tokens, request.output_tokens, truth.model, tbt_s, truth.overhead_s / truth.bias)
-        for request in workload
-    ]
+    truth, engine = setting.cluster.truth, setting.cluster.engine
+    index = PrefixIndex(engine.block_tokens, sum(request.prompt_tokens for request in workload))
+    works = []
+    for request in workload:
+        cached = 0
+        if engine.prefix_caching:
+            cached = index.cached_tokens(request.prefix_hashes, request.prompt_tokens)
+            index.add(request.prefix_hashes, request.prompt_tokens)
+        overhead_s = truth.overhead_s / truth.bias
+        work_s = least_work_s(request.prompt_tokens, request.output_tokens, truth.model, tbt_s, overhead_s, cached)
+        works.append(truth.bias * work_s)
+    return works
 
 
 def capacity_bound_rps(setting: "Setting", seed: int, target: float) -> float:

@@ -86,7 +86,13 @@ def title(document: dict[str, Any]) -> str:
         settings["arrivals"], settings["arrivals"].replace("gamma:", "Gamma, CV ")
     )
     slo = settings["slo"]
-    objective = f"SLO set {slo}" if len(slo) == 1 else " / ".join(f"{float(p):g} ms" for p in slo.split("/"))
+    ttft, _, tbt = slo.partition("/")
+    if not tbt:
+        objective = f"SLO set {slo}"
+    elif ttft == "B":
+        objective = f"TTFT of set B / {float(tbt):g} ms"
+    else:
+        objective = f"{float(ttft):g} ms / {float(tbt):g} ms"
     return f"{settings['trace'].split('_dev')[0].split('_lengths')[0]}, {arrivals}, {objective}"
 
 

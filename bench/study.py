@@ -47,6 +47,8 @@ class Workload:
     """Static budgets among which each baseline has its best."""
     requests: int = 3000
     """0: the whole trace, in its time."""
+    dispatches: tuple[str, ...] = ("work", "rr")
+    """Those whose best static budget is sought."""
 
     @property
     def name(self) -> str:
@@ -59,11 +61,15 @@ FILES = {
     "code": "azure2023_code_dev.csv.gz",
     "sharegpt": "sharegpt_8k_lengths_dev.csv.gz",
     "arxiv": "arxiv_summarization_lengths_dev.csv.gz",
+    "mooncake": "mooncake_conversation_dev.jsonl.gz",
 }
 _TIGHT = (128, 192, 256, 320, 512)
 """Where some gaps may take 50 ms: a step of 384 tokens takes that without a decode."""
 _WIDE = (512, 768, 1024, 1280, 1536)
 """Where gaps may take 200 ms."""
+_LONG = (256, 384, 512, 640, 768)
+"""The same beside prompts of a hundred thousand tokens, whose chunks take several times as long."""
+_PREFIXES = ("work", "sticky", "rr")
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -85,6 +91,8 @@ WORKLOADS = {
         Workload(trace="code", arrivals="poisson", slo="B", budgets=_TIGHT),
         Workload(trace="sharegpt", arrivals="poisson", slo="B", budgets=_TIGHT),
         Workload(trace="arxiv", arrivals="poisson", slo="B", budgets=_TIGHT),
+        Workload(trace="mooncake", arrivals="trace", slo="B/200", budgets=_LONG, dispatches=_PREFIXES),
+        Workload(trace="mooncake", arrivals="trace", slo="30000/200", budgets=_LONG, dispatches=_PREFIXES),
     )
 }
 
@@ -134,16 +142,16 @@ def best_budget(results: Results, workload: Workload, dispatch: str, target: flo
 
 def budget_systems(workload: Workload) -> list[str]:
     """Return every baseline whose best static budget is sought."""
-    others = [budget for budget in workload.budgets if budget != 512]
-    stock = [f"vllm-{budget}-{dispatch}" for dispatch in ("work", "rr") for budget in others]
-    return [*stock, *(f"paper-{budget}" for budget in others)]
+    stock = [f"vllm-{budget}-{dispatch}" for dispatch in workload.dispatches for budget in workload.budgets]
+    papers = [f"paper-{budget}" for budget in workload.budgets if budget != 512]
+    return [*(name for name in stock if name not in MAIN), *papers]
 
 
 def best_systems(results: Results, workload: Workload) -> list[str]:
     """Return the baselines at the budgets that are best for either target."""
     names = [
         f"vllm-{best_budget(results, workload, dispatch, target)}-{dispatch}"
-        for dispatch in ("work", "rr")
+        for dispatch in workload.dispatches
         for target in TARGETS
     ]
     papers = [name for name in budget_systems(workload) if name.startswith("paper")]
@@ -157,7 +165,8 @@ def best_systems(results: Results, workload: Workload) -> list[str]:
 def other_systems(results: Results, workload: Workload) -> list[str]:
     """Return the other baselines, those of stock vLLM at the budget that is best under least predicted work."""
     budget = best_budget(results, workload, "work")
-    return [*UNIFIED, "paper-sjf", *(f"vllm-{budget}-{dispatch}" for dispatch in DISPATCHES if dispatch != "work")]
+    stock = [f"vllm-{budget}-{dispatch}" for dispatch in DISPATCHES if dispatch != "work"]
+    return [*UNIFIED, "paper-sjf", *stock, *(["ascendra-blind"] if workload.dispatches == _PREFIXES else [])]
 
 
 def passes(

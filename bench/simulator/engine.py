@@ -110,11 +110,11 @@ class Engine:
 
     def look_up(self, now_s: float) -> None:
         """See what the prefix cache holds of the waiting requests."""
-        if self._cache is not None:
-            for request in self.waiting:
-                if now_s - request.looked_up_s >= LOOK_UP_S:
-                    request.looked_up_s = now_s
-                    self._find(self._cache, request)
+        assert self._cache is not None
+        for request in self.waiting:
+            if now_s - request.looked_up_s >= LOOK_UP_S:
+                request.looked_up_s = now_s
+                self._find(self._cache, request)
 
     def order_waiting(self, requests: Iterable[SimRequest]) -> None:
         """Replace the order of the waiting requests; preempted ones are among them."""

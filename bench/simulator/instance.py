@@ -92,6 +92,7 @@ class Instance:
         budget: BudgetPolicy | None,
         seed: int,
         learn: bool = True,
+        sees_prefixes: bool = False,
     ) -> None:
         """Start empty.
 
@@ -99,6 +100,7 @@ class Instance:
             order: how waiting requests are ordered; None leaves vLLM's order.
             budget: how the token budget is chosen; None leaves vLLM's `max_num_batched_tokens`.
             learn: fit the step-time model to the steps that it takes, from `believed` on.
+            sees_prefixes: know what the prefix cache saves the waiting requests.
         """
         self.index = index
         self.worker_id = f"w{index:03d}"
@@ -115,6 +117,7 @@ class Instance:
         self.relegated: list[SimRequest] = []
         """Given up at the start of the running step."""
         self._config = config
+        self._sees_prefixes = sees_prefixes
         self._truth = truth
         self._order = order
         self._budget = budget
@@ -133,7 +136,8 @@ class Instance:
         if not engine.running and not engine.waiting:
             return None
         self.relegated = []
-        engine.look_up(now_s)
+        if self._sees_prefixes:
+            engine.look_up(now_s)
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
         if self._paused:

@@ -56,6 +56,8 @@ class System:
     """Requests wait at the router; replaces the placement."""
     deadline_priority: bool = False
     roles: RolePolicy | None = None
+    sees_prefixes: bool = True
+    """Router and in-engine order know what prefix caches hold."""
 
 
 _DISPATCH = {
@@ -137,6 +139,7 @@ SYSTEMS: dict[str, System] = {
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
+    "ascendra-blind": _split("the same, blind to what prefix caches hold", _EDF_MH, sees_prefixes=False),
     "ascendra-elastic": _split("the same, HPs follow the offload pressure", _EDF_MH, roles=RolePolicy()),
     "ascendra-pool": System(
         summary="one pool: as unified, with TBT classes kept apart and rescue between all instances",
@@ -226,6 +229,7 @@ def simulate(
             priority=system.deadline_priority,
         )
     budget = replace(system.budget, max_tokens=min(system.budget.max_tokens, engine.max_num_batched_tokens))
+    sees_prefixes = system.sees_prefixes and engine.prefix_caching
     instances, states = [], []
     for index in range(config.instances):
         role = Role.UNIFIED if not high else Role.HIGH if index < high else Role.LOW
@@ -239,6 +243,7 @@ def simulate(
             None if system.order is None else budget,
             config.seed,
             config.learn and system.order is not None,
+            sees_prefixes,
         )
         instances.append(instance)
         view = InstanceView(
@@ -249,7 +254,7 @@ def simulate(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             hop_s=2 * config.hop_s,
-            prefixes=PrefixIndex(engine.block_tokens, engine.kv_tokens) if engine.prefix_caching else None,
+            prefixes=PrefixIndex(engine.block_tokens, engine.kv_tokens) if sees_prefixes else None,
         )
         states.append(WorkerState(index, view, budget))
     cluster = Cluster(config, instances, give_up_after, warmup)
