@@ -161,6 +161,7 @@ async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack
             jitter_sigma=arguments.jitter_sigma,
             max_model_len=arguments.max_model_len,
             kv_capacity_tokens=arguments.kv_capacity_tokens,
+            prefix_caching=arguments.prefix_caching,
         )
         system = await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))
         addresses = [system.router]
@@ -200,7 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, required=True, help="trace file; formats in bench/workloads.py")
     parser.add_argument("--arrivals", default="poisson", help="poisson, gamma:<cv> or trace (own timestamps)")
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="requests per second")
-    parser.add_argument("--slo", default="1000/100", help="A, B, C or <ttft_ms>/<tbt_ms>")
+    parser.add_argument("--slo", default="1000/100", help="A, B, C, B/<tbt_ms> or <ttft_ms>/<tbt_ms>")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run after the warm-up, in seconds")
     parser.add_argument("--warmup-s", type=float, default=10.0, help="requests of the first seconds do not count")
     parser.add_argument("--drain-s", type=float, default=60.0, help="wait for stragglers after the last arrival")
@@ -220,6 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jitter-sigma", type=float, default=0.03, help="standard deviation of log(step time)")
     parser.add_argument("--max-model-len", type=int, default=8192, help="context; longer requests are left out")
     parser.add_argument("--kv-capacity-tokens", type=int, default=380_000, help="KV cache of a worker, in tokens")
+    parser.add_argument("--prefix-caching", action="store_true", help="of the workers; for traces that share prefixes")
     parser.add_argument("--vocab-size", type=int, default=1000, help="prompts are random ids below this")
     parser.add_argument("--address", nargs="+", default=[], help="measure running routers instead")
     parser.add_argument("--openai", default="", help="measure a running OpenAI-compatible server, by base URL")

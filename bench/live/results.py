@@ -26,11 +26,9 @@ class ResultFile:
         if path is None or not path.exists():
             return
         document = json.loads(path.read_text(encoding="utf-8"))
-        changed = {
-            name: (document["settings"].get(name), value)
-            for name, value in self._settings.items()
-            if document["settings"].get(name) != value
-        }
+        # What an older file does not name is a flag that there was not.
+        there = {name: document["settings"].get(name, str(False)) for name in self._settings}
+        changed = {name: (there[name], value) for name, value in self._settings.items() if there[name] != value}
         if changed:
             raise ValueError(f"{path} holds runs under other settings (there, here): {changed}")
         self.results = document["results"]

@@ -56,6 +56,7 @@ STATIC_BUDGETS = (2048, 1024, 896, 768, 640, 512, 256)
 SYSTEMS: dict[str, System] = {
     **{f"vllm-rr-{tokens}": _stock("round_robin", tokens) for tokens in STATIC_BUDGETS},
     **{f"vllm-least-{tokens}": _stock("least_requests", tokens) for tokens in STATIC_BUDGETS},
+    **{f"vllm-sticky-{tokens}": _stock("prefix_affine", tokens) for tokens in STATIC_BUDGETS},
     **{f"vllm-work-{tokens}": _stock("least_predicted_work", tokens) for tokens in STATIC_BUDGETS},
     "unified": System(hp=0),
     "ascendra": System(),
@@ -112,6 +113,7 @@ class Workers:
     jitter_sigma: float
     max_model_len: int
     kv_capacity_tokens: int
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def _worker_config(system: System, workers: Workers, index: int, predictor: str,
         "kv-capacity-tokens": workers.kv_capacity_tokens,
         "step-time-profile": workers.profile,
         "jitter-sigma": workers.jitter_sigma,
-        "prefix-caching": False,
+        "prefix-caching": workers.prefix_caching,
         "predictor": predictor,
         "seed": seed * 1000 + index,
         **system.worker,

@@ -9,7 +9,7 @@ from bench.simulator.engine import Engine, EngineConfig, Step
 from bench.simulator.request import SimRequest
 from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
-from services.policy.order import OrderPolicy, order_waiting
+from services.policy.order import PAUSE_BELOW_KV_USAGE, OrderPolicy, order_waiting
 from services.policy.prefill import prefill_pace
 from services.policy.relegation import RelegatedTurns
 from services.policy.state import Role
@@ -125,6 +125,7 @@ class Instance:
         self._turns = RelegatedTurns(order.relegated_share if order else 0.0)
         self._promoted: set[str] = set()
         self._paused: list[SimRequest] = []
+        self._pause_allowed = True
         self._resident = Resident()
         self._step_s = 0.0
         self._shape = StepShape()
@@ -140,6 +141,8 @@ class Instance:
             engine.look_up(now_s)
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
+        idle_tokens = budget - step.prefill_tokens - step.decodes
+        self._pause_allowed = not self._paused or bool(step.admitted) or idle_tokens <= 0
         if self._paused:
             engine.running += self._paused
             self._paused.clear()
@@ -213,7 +216,10 @@ class Instance:
         load = resident.load
         bound_s = calm_bound_s(policy, self.model, load, resident.bound_s, resident.tightest_s, ordered, (), now_s)
         prefill = prefill_budget(policy, self.model, load, bound_s, chunks)
-        if resident.partial and self._order is not None and self._order.pause_started:
+        # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
+        usage = 1 - self.engine.free_blocks / self.engine.total_blocks
+        may_pause = self._pause_allowed and usage < PAUSE_BELOW_KV_USAGE
+        if may_pause and resident.partial and self._order is not None and self._order.pause_started:
             self._pause(ordered, prefill)
         return load.decodes + prefill
 

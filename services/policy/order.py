@@ -9,6 +9,9 @@ from services.policy.relegation import LATE, MOORE_HODGSON, NONE, RULES, late, m
 from services.policy.state import QueuedRequest
 from services.policy.value_functions import value_function
 
+PAUSE_BELOW_KV_USAGE = 0.9
+"""Share of KV blocks in use above which no partly prefilled request is paused: it could not be preempted."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderPolicy:

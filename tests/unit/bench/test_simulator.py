@@ -1,6 +1,7 @@
 """The simulated cluster: conservation, determinism, what each mechanism is there for, and its cost."""
 
 import cProfile
+import random
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,8 @@ from services.policy.step_time import A100_LLAMA3_8B
 from services.policy.token_budget import BudgetPolicy
 
 CHAT = [TraceRow(None, 200 + 37 * (i % 90), 20 + 7 * (i % 40)) for i in range(360)]
+BLOCK = 512
+CACHING = EngineConfig(prefix_caching=True, block_tokens=BLOCK)
 LOADS = {"light": 4.0, "heavy": 18.0}
 
 
@@ -35,6 +38,30 @@ def workload(rate_rps: float, requests: int = 150, slo: str = "1000/100", seed: 
         classes=slo_set(slo, lambda prompt: prompt / 1e4),
         seed=seed,
     )
+
+
+def conversations(turns: int = 400, seed: int = 1) -> list[WorkloadRequest]:
+    """Three turns a second, each of which repeats the prompt of its conversation before it and adds to it."""
+    rng = random.Random(seed)
+    told: list[tuple[int, ...]] = []
+    requests = []
+    for number in range(turns):
+        if len(told) < 12 or rng.random() < 0.1:
+            told.append(())
+        place = rng.randrange(max(len(told) - 12, 0), len(told))
+        told[place] += tuple(1000 * number + block for block in range(rng.randint(2, 5)))
+        prompt_tokens = BLOCK * len(told[place]) - rng.randint(0, BLOCK - 1)
+        requests.append(
+            WorkloadRequest(
+                request_id=f"r{number}",
+                arrival_s=number / 3.2,
+                prompt_tokens=prompt_tokens,
+                output_tokens=rng.randint(20, 60),
+                slo=Slo(ttft_s=0.5 + prompt_tokens / 1e4, tbt_s=0.2),
+                prefix_hashes=told[place],
+            )
+        )
+    return requests
 
 
 def share(name: str, rate_rps: float, config: ClusterConfig, requests: int = 800, slo: str = "1000/100") -> float:
@@ -56,6 +83,56 @@ def test_every_request_ends_with_all_its_tokens(name: str, load: str) -> None:
         assert len(record.token_times_s) == request.output_tokens
         assert list(record.token_times_s) == sorted(record.token_times_s)
         assert record.ttft_s > 0
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_prefix_caches_lose_no_token(name: str) -> None:
+    """Whoever shares blocks, and whatever is evicted or moved: everybody gets every token, and no block is lost."""
+    requests = conversations(150)
+    config = ClusterConfig(instances=2, engine=replace(CACHING, kv_tokens=60 * BLOCK, max_num_seqs=24))
+    run = simulate(SYSTEMS[name], requests, config)
+    for request, record in zip(requests, run.records, strict=True):
+        assert record.outcome in (Outcome.FINISHED, Outcome.REFUSED)
+        if record.outcome is Outcome.FINISHED:
+            assert len(record.token_times_s) == request.output_tokens
+    assert sum(record.outcome is Outcome.FINISHED for record in run.records) > 100
+
+
+def test_who_knows_the_prefix_caches_keeps_more() -> None:
+    """Caches serve those who know of them: others give up long prompts that would cost little."""
+    requests = conversations()
+
+    def kept(name: str, engine: EngineConfig) -> float:
+        records = simulate(SYSTEMS[name], requests, ClusterConfig(instances=2, engine=engine)).records
+        return sum(map(attains, records)) / len(records)
+
+    known = kept("ascendra", CACHING)
+    assert known > 0.95
+    assert known > 1.5 * kept("ascendra", EngineConfig())
+    assert known > 1.5 * kept("ascendra-blind", CACHING)
+    assert kept("vllm-512-rr", CACHING) < kept("vllm-512-sticky", CACHING)
+
+
+def test_paused_requests_stand_in_nobodys_way() -> None:
+    """Who cannot start for want of blocks that paused requests hold does not wait for ever: they go on."""
+    truth = StepTimeTruth(model=A100_LLAMA3_8B, jitter_sigma=0.0)
+    instance = Instance(
+        0, Role.UNIFIED, EngineConfig(kv_tokens=12_000), A100_LLAMA3_8B, truth, OrderPolicy(relegation=NONE),
+        BudgetPolicy(), seed=1,
+    )  # fmt: skip
+    begun = sim_request("begun", 6000, 5, ttft_s=9.0)
+    instance.engine.add(begun)
+    now_s = instance.start_step(0.0) or 0.0
+    instance.finish_step(now_s)
+    assert 0 < begun.computed_tokens < 6000
+    # More urgent, and longer than what is free.
+    instance.engine.add(sim_request("urgent", 11_000, 5, ttft_s=2.0))
+    for _ in range(40):
+        now_s = instance.start_step(now_s) or now_s
+        if instance.step is not None:
+            instance.finish_step(now_s)
+    assert begun.token_times_s
+    assert not instance.engine.waiting
 
 
 @pytest.mark.parametrize("name", ["vllm-512-least", "ascendra", "ascendra-pull"])

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import study
-from bench.bound import least_work_s, most_kept
+from bench.bound import least_work_s, most_kept, works_s
 from bench.fidelity import compared, simulated_name
+from bench.options import Setting, cluster_for
 from bench.report_capacity import draw, goals, overview, workload_section
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.instance import StepTimeTruth
@@ -37,6 +38,25 @@ def test_no_run_takes_less_engine_time_than_the_bound(name: str) -> None:
     )
     # busy_share is until the last event, a report one hop after the last token.
     assert least_s <= run.busy_share * config.instances * (last_s + 0.01)
+
+
+def test_what_is_cached_costs_the_bound_nothing() -> None:
+    """A prompt of which all but a token came before costs no more than that token beside its context."""
+
+    def work_s(cached: int) -> float:
+        return least_work_s(8000, 1, A100_LLAMA3_8B, 0.1, OVERHEAD_S, cached)
+
+    works = [work_s(cached) for cached in (0, 2000, 4000, 6000, 7999)]
+    assert works == sorted(works, reverse=True)
+    assert works[-1] < works[0] / 500
+    trace = [TraceRow(float(turn), 512 * (turn + 1), 1, tuple(range(turn + 1))) for turn in range(8)]
+    setting = Setting(trace, "trace", 8, slo_set("1000/100", float), cluster_for(trace, ClusterConfig()))
+    workload = setting.workload(1.0, 1)
+    cached, whole = works_s(setting, workload), works_s(replace(setting, cluster=ClusterConfig()), workload)
+    assert cached[0] == pytest.approx(whole[0])
+    longest = max(range(8), key=lambda place: workload[place].prompt_tokens)
+    assert cached[longest] < 0.3 * whole[longest]
+    assert all(least <= most for least, most in zip(cached, whole, strict=True))
 
 
 @given(

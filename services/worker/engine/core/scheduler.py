@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from ascendra.v1 import common_pb2
+from services.policy.order import PAUSE_BELOW_KV_USAGE
 from services.policy.state import QueuedRequest, Slo
 from services.policy.step_time import StepShape, StepTimeModel
 from services.worker.engine.contract import EngineLoad, StepReport
@@ -28,10 +29,6 @@ install_control()
 
 _NEVER_S = 1e9
 """Objective of a request that states none."""
-
-
-_PAUSE_BELOW_KV_USAGE = 0.9
-"""Share of KV blocks in use above which every resident prefill runs."""
 
 
 @dataclass(slots=True)
@@ -105,7 +102,9 @@ class PolicyScheduler:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         scheduler.waiting.extend(withheld)
         scheduler.running.extend(paused)
-        self._pause_allowed = not paused or len(output.scheduled_new_reqs) > 0
+        # In vain: nobody came in their place although there was room in the step, so blocks or slots are short.
+        idle_tokens = scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+        self._pause_allowed = not paused or len(output.scheduled_new_reqs) > 0 or idle_tokens <= 0
         self._note_step(output, now_s, plan, relegated)
         return output
 
@@ -157,7 +156,7 @@ class PolicyScheduler:
             queued.computed_tokens = self._prefixes.cached_tokens(request, now_s)
             waiting.append(queued)
         # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
-        may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < _PAUSE_BELOW_KV_USAGE
+        may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < PAUSE_BELOW_KV_USAGE
         return self.planner.plan(
             now_s, prefills, waiting, decodes, in_flight=bool(self._in_flight), may_pause=may_pause
         )
