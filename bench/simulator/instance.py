@@ -9,7 +9,7 @@ from bench.simulator.engine import Engine, EngineConfig, Step
 from bench.simulator.request import SimRequest
 from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
-from services.policy.order import PAUSE_BELOW_KV_USAGE, OrderPolicy, order_waiting
+from services.policy.order import OrderPolicy, may_evict, order_waiting, resident_first
 from services.policy.prefill import prefill_pace
 from services.policy.relegation import RelegatedTurns
 from services.policy.state import Role
@@ -141,6 +141,7 @@ class Instance:
             engine.look_up(now_s)
         budget = self._config.max_num_batched_tokens if self._budget is None else self._plan(now_s, self._budget)
         step = self.step = engine.schedule(budget)
+        # In vain: nobody came in their place although there was room in the step, so blocks or slots are short.
         idle_tokens = budget - step.prefill_tokens - step.decodes
         self._pause_allowed = not self._paused or bool(step.admitted) or idle_tokens <= 0
         if self._paused:
@@ -211,15 +212,18 @@ class Instance:
         if self.role is Role.HIGH:
             self.engine.max_num_seqs = self._elastic_cap(resident)
         ordered = self._arrange(now_s, resident, policy)
-        head = ordered[:CHUNKS_CONSIDERED]
+        engine, config = self.engine, self._config
+        may_pause = self._pause_allowed and not may_evict(
+            engine.free_blocks, len(engine.running), config.max_num_batched_tokens, config.block_tokens
+        )
+        pausing = may_pause and self._order is not None and self._order.pause_started
+        served = ordered if pausing or not resident.partial else resident_first(ordered, resident.partial)
+        head = served[:CHUNKS_CONSIDERED]
         chunks = [(request.prompt_tokens - request.computed_tokens, request.computed_tokens) for request in head]
         load = resident.load
         bound_s = calm_bound_s(policy, self.model, load, resident.bound_s, resident.tightest_s, ordered, (), now_s)
         prefill = prefill_budget(policy, self.model, load, bound_s, chunks)
-        # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
-        usage = 1 - self.engine.free_blocks / self.engine.total_blocks
-        may_pause = self._pause_allowed and usage < PAUSE_BELOW_KV_USAGE
-        if may_pause and resident.partial and self._order is not None and self._order.pause_started:
+        if pausing and resident.partial:
             self._pause(ordered, prefill)
         return load.decodes + prefill
 

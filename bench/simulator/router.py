@@ -281,7 +281,7 @@ class PlacingRouter:
                 if ticket.holder not in orders:
                     orders[ticket.holder] = self._ordered(holder, now_s)
                 open_ = [one for one in orders[ticket.holder] if one.started or _may_leave(one)]
-                chosen = choose_for_ticket(open_, holder.pace.budget_tokens)
+                chosen = choose_for_ticket(open_, holder.pace.budget_tokens, self._by_id[ticket.issuer].view)
                 if chosen is None:
                     ledger.release(ticket.ticket_id)
                     backlogs_s.pop(ticket.holder, None)

@@ -1,16 +1,13 @@
 """The one order of an instance's waiting requests: used by the engine, by the router to predict, and in simulation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from services.policy.prefill import PrefillPace
 from services.policy.relegation import LATE, MOORE_HODGSON, NONE, RULES, late, moore_hodgson, worth_trying
 from services.policy.state import QueuedRequest
 from services.policy.value_functions import value_function
-
-PAUSE_BELOW_KV_USAGE = 0.9
-"""Share of KV blocks in use above which no partly prefilled request is paused: it could not be preempted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +37,26 @@ class OrderPolicy:
             raise ValueError(f"relegation must be one of {', '.join(RULES)}, got {self.relegation!r}")
         if self.caution <= 0:
             raise ValueError(f"caution must be above 0, got {self.caution}")
+
+
+def may_evict(free_blocks: float, resident: int, tokens: int, block_tokens: int) -> bool:
+    """Return whether a step may need more KV blocks than are free, so that vLLM preempts somebody.
+
+    Nobody is paused then: a paused request holds its blocks and cannot be preempted.
+
+    Args:
+        free_blocks: KV blocks without a user.
+        resident: requests that hold blocks; each may begin a new one.
+        tokens: most tokens of the step.
+        block_tokens: length of a block.
+    """
+    return free_blocks < resident + tokens / block_tokens
+
+
+def resident_first(ordered: Sequence[QueuedRequest], resident: Iterable[QueuedRequest]) -> list[QueuedRequest]:
+    """Return the requests in the order in which vLLM computes them if nobody is paused."""
+    begun = set(map(id, resident))
+    return sorted(ordered, key=lambda request: id(request) not in begun)
 
 
 @dataclass(slots=True)

@@ -141,16 +141,22 @@ class TicketLedger:
             del self._live[ticket_id]
 
 
-def choose_for_ticket(ordered: Sequence[QueuedRequest], next_step_tokens: int) -> QueuedRequest | None:
+def choose_for_ticket(
+    ordered: Sequence[QueuedRequest], next_step_tokens: int, taker: InstanceView
+) -> QueuedRequest | None:
     """Return which waiting request an instance gives for a ticket: the first that its own next step will not reach.
+
+    One that a prefix cache saves more where it is stays: it would cost more than it relieves.
 
     Args:
         ordered: its queue as order_waiting returned it; relegated requests come last and so are given last.
         next_step_tokens: prefill tokens of its next step.
+        taker: where the request would go.
     """
     tokens = 0
     for request in ordered:
-        if not request.started and tokens >= next_step_tokens and not request.ticketed and not request.urgent:
+        may_go = not (request.started or request.ticketed or request.urgent)
+        if may_go and tokens >= next_step_tokens and request.computed_tokens <= taker.cached_tokens(request):
             return request
         tokens += request.remaining_tokens
     return None

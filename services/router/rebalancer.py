@@ -269,7 +269,7 @@ class Rebalancer:
                     self._ledger.revoke(ticket.issuer)
                     continue
                 open_ = [q for q in queue.ordered if self._may_leave(queue, q)]
-                chosen = choose_for_ticket(open_, queue.pace.budget_tokens)
+                chosen = choose_for_ticket(open_, queue.pace.budget_tokens, target.instance.view)
                 if chosen is None:
                     self._ledger.release(ticket.ticket_id)
                     backlogs_s.pop(ticket.holder, None)

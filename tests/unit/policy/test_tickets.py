@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.policy.prefill import PrefillPace, instance_pace
+from services.policy.prefix import PrefixIndex
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B, StepTimeBin, StepTimeModel
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket, ticket_room
@@ -101,10 +102,23 @@ def test_room_is_measured_in_time() -> None:
 def test_the_first_request_out_of_reach_is_given() -> None:
     """Not what the next step serves anyway, and nothing that has started or came here by ticket itself."""
     queue = [waiting("next", 600), waiting("b", 10, started=True), waiting("c", 10, ticketed=True), waiting("given")]
-    chosen = choose_for_ticket(queue, 512)
+    chosen = choose_for_ticket(queue, 512, instance())
     assert chosen is not None
     assert chosen.request_id == "given"
-    assert choose_for_ticket(queue[:1], 512) is None
+    assert choose_for_ticket(queue[:1], 512, instance()) is None
+
+
+def test_what_a_prefix_cache_saves_more_stays() -> None:
+    """A request moves to an HP only if that holds as much of it as its LP does."""
+    cached = waiting("cached", 6000, computed_tokens=5000, prefix=tuple(range(60)))
+    queue = [waiting("next", 600), cached, waiting("other")]
+    taker = instance(prefixes=PrefixIndex(100, 100_000))
+    for held, given in ((0, "other"), (4900, "other"), (5000, "cached")):
+        assert taker.prefixes is not None
+        taker.prefixes.add(cached.prefix, held)
+        chosen = choose_for_ticket(queue, 512, taker)
+        assert chosen is not None
+        assert chosen.request_id == given
 
 
 class Ledger(RuleBasedStateMachine):

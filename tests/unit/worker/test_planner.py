@@ -153,3 +153,18 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="value_function"):
         one.set_policy(PolicySettings(value_function="fastest"))
     assert one.settings.value_function == "edf"
+
+
+def test_a_step_is_sized_for_whom_it_serves() -> None:
+    """Who may not pause comes before the more urgent: a chunk behind a long context must not break running streams."""
+    deep = waiting("deep", 60_000, ttft_s=20.0, started=True, computed_tokens=50_000)
+    fresh = waiting("fresh", 4000, ttft_s=3.0)
+    running = decodes(8, 0.1)
+    one = planner()
+    pausing, serving = (one.plan(NOW_S, [deep], [fresh], running, may_pause=may) for may in (True, False))
+    assert names(pausing.order.ordered) == names(serving.order.ordered) == ["fresh", "deep"]
+    assert pausing.paused == [deep]
+    tokens = serving.token_budget - len(running)
+    assert 0 < tokens < 0.7 * (pausing.token_budget - len(running))
+    shape = StepShape(tokens, 8, 8 * 500, tokens * 50_000)
+    assert one.model.planned_step_s(shape) <= 0.1

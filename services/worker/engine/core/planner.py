@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
-from services.policy.order import OrderPolicy, WaitingOrder, order_waiting
+from services.policy.order import OrderPolicy, WaitingOrder, order_waiting, resident_first
 from services.policy.prefill import prefill_pace
 from services.policy.relegation import NONE, RelegatedTurns
 from services.policy.state import QueuedRequest, Role
@@ -127,12 +127,14 @@ class StepPlanner:
         bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in decodes], now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
         order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self._turns.credit_s)
-        chunks = [(request.remaining_tokens, request.computed_tokens) for request in order.ordered[:_CHUNKS_CONSIDERED]]
+        pausing = may_pause and self._order.pause_started
+        # What a chunk takes depends on whose it is: on the context before it.
+        served = order.ordered if pausing or not prefills else resident_first(order.ordered, prefills)
+        chunks = [(request.remaining_tokens, request.computed_tokens) for request in served[:_CHUNKS_CONSIDERED]]
         given_up = order.newly_relegated
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
         admissions = self._admissions(prefills, waiting, load, tightest_s)
-        pausing = may_pause and self._order.pause_started
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),

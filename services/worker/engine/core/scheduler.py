@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from ascendra.v1 import common_pb2
-from services.policy.order import PAUSE_BELOW_KV_USAGE
+from services.policy.order import may_evict
 from services.policy.state import QueuedRequest, Slo
 from services.policy.step_time import StepShape, StepTimeModel
 from services.worker.engine.contract import EngineLoad, StepReport
@@ -155,11 +155,16 @@ class PolicyScheduler:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
             queued.computed_tokens = self._prefixes.cached_tokens(request, now_s)
             waiting.append(queued)
-        # Paused requests hold KV blocks and cannot be preempted: not while blocks are short, nor twice for nothing.
-        may_pause = self._pause_allowed and scheduler.kv_cache_manager.usage < PAUSE_BELOW_KV_USAGE
+        may_pause = self._pause_allowed and not self._may_evict()
         return self.planner.plan(
             now_s, prefills, waiting, decodes, in_flight=bool(self._in_flight), may_pause=may_pause
         )
+
+    def _may_evict(self) -> bool:
+        scheduler: Any = self
+        free_blocks = (1 - scheduler.kv_cache_manager.usage) * int(scheduler.cache_config.num_gpu_blocks or 0)
+        most_tokens = scheduler.scheduler_config.max_num_batched_tokens
+        return may_evict(free_blocks, len(scheduler.running), most_tokens, int(scheduler.block_size))
 
     def _relegate(self, plan: StepPlan) -> list[str]:
         """Mark whom the policy gave up; return their ids as the front end knows them."""
