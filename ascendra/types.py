@@ -139,7 +139,7 @@ class RequestOptions(TypedDict, total=False):
     tenant: str
     """For limits and accounting."""
     session_id: str
-    """For prefix affinity: requests of one conversation share it."""
+    """Requests of one conversation share it; the placement `prefix_affine` keeps them on one worker."""
     on_overload: Literal["relegate", "refuse"]
     """When no worker can make the objective: serve it behind the others (default), or refuse it at once."""
     tokens_only: bool

@@ -59,6 +59,8 @@ class Instance:
         self.view = InstanceView(worker_id="", role=Role.UNIFIED, model=model)
         self.address = address
         self.policy = worker_pb2.SchedulingPolicy()
+        self._incarnation = ""
+        """Of its engine: a new one has an empty prefix cache."""
         self.budget = self._default_budget = budget
         """How the worker sizes its steps."""
         self.last_message_s = 0.0
@@ -90,8 +92,11 @@ class Instance:
         view.max_num_seqs = welcome.max_num_seqs
         view.max_num_batched_tokens = welcome.max_num_batched_tokens
         view.kv_capacity_tokens = welcome.kv_capacity_tokens
-        caches = welcome.prefix_block_tokens > 0
-        view.prefixes = PrefixIndex(PREFIX_BLOCK_TOKENS, view.kv_capacity_tokens) if caches else None
+        if not welcome.prefix_block_tokens:
+            view.prefixes = None
+        elif view.prefixes is None or welcome.incarnation != self._incarnation:
+            view.prefixes = PrefixIndex(PREFIX_BLOCK_TOKENS, view.kv_capacity_tokens)
+        self._incarnation = welcome.incarnation
         view.draining = welcome.draining
         self.adopt(welcome.policy)
         self._queue.clear()

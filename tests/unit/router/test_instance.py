@@ -11,7 +11,7 @@ from services.router.estimates import backlog_s
 from services.router.instance import Instance, Placed
 from services.router.mailbox import Mailbox
 from services.router.prediction import token_load_model
-from services.router.request import LiveRequest, RequestSpec
+from services.router.request import PREFIX_BLOCK_TOKENS, LiveRequest, RequestSpec
 
 MODEL = token_load_model()
 
@@ -190,3 +190,50 @@ def test_steps_are_sized_as_the_worker_says() -> None:
     worker.adopt(worker_pb2.SchedulingPolicy(token_budget="static"))
     worker.telemetry(telemetry(token_budget=192), 101.0)
     assert (worker.budget.kind, worker.budget.static_tokens) == ("static", 192)
+
+
+def test_prompts_and_completions_are_found_again() -> None:
+    """What was sent there is expected to be cached, what it generated too; not what left before it was computed."""
+    worker = instance()
+    worker.welcome(worker_pb2.Welcome(worker_id="w", kv_capacity_tokens=10_000, prefix_block_tokens=16), 100.0)
+    first = placed(1, prompt_tokens=1000)
+    assert worker.view.cached_tokens(first.queued) == 0
+    worker.submitted(first)
+    longer = placed(2, prompt_tokens=2000)
+    worker.view.expects(longer.queued)
+    assert longer.queued.computed_tokens == 1000 // PREFIX_BLOCK_TOKENS * PREFIX_BLOCK_TOKENS
+    worker.submitted(longer)
+    worker.gone(longer)  # withdrawn
+    assert worker.view.cached_tokens(longer.queued) == longer.queued.computed_tokens
+    first.queued.started = True
+    worker.first_token(first)
+    first.request.generated.extend([0] * 500)
+    worker.gone(first)
+    assert worker.view.cached_tokens(longer.queued) == 1500 // PREFIX_BLOCK_TOKENS * PREFIX_BLOCK_TOKENS
+    coming = placed(3, prompt_tokens=1400)
+    worker.expect(coming.queued)
+    assert coming.queued.remaining_tokens == 1400 - 1399 // PREFIX_BLOCK_TOKENS * PREFIX_BLOCK_TOKENS
+
+
+def test_a_worker_that_starts_anew_or_caches_nothing_is_expected_to_hold_nothing() -> None:
+    """Its incarnation before took the cache with it; a stream that broke did not."""
+    worker = instance()
+    for incarnation, block_tokens, before, after in (
+        ("a", 16, 0, 896),
+        ("a", 16, 896, 896),
+        ("b", 16, 0, 896),
+        ("b", 0, 0, 0),
+    ):
+        worker.welcome(
+            worker_pb2.Welcome(
+                worker_id="w",
+                kv_capacity_tokens=10_000,
+                prefix_block_tokens=block_tokens,
+                incarnation=incarnation,
+            ),
+            100.0,
+        )
+        request = placed(1, prompt_tokens=1000)
+        assert worker.view.cached_tokens(request.queued) == before
+        worker.submitted(request)
+        assert worker.view.cached_tokens(request.queued) == after
