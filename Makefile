@@ -96,6 +96,7 @@ bench-quick: setup ## One capacity table from the trace sample in the repository
 # Every table of the report and the docs, each by the command that wrote its file under bench/results. Studies and live
 # runs go on where their files stop; delete a file to measure it anew.
 CONV = $(TRACES)/azure2023_conv_dev.csv.gz
+MOONCAKE = $(TRACES)/mooncake_conversation_dev.jsonl.gz
 MODEL := .cache/demo-model
 RESULTS := bench/results
 LIVE = $(PY) -m bench.live --trace $(CONV) --model $(MODEL) --seconds 30 --warmup-s 8 --drain-s 15
@@ -122,6 +123,9 @@ bench-live: setup ## The tables of live services with emulated engines; needs an
 	$(LIVE) --rates 42 --seeds 1 2 3 --systems ascendra unified ascendra-late vllm-rr-640 \
 	  ascendra-predictor-paused ascendra-no-predictor --out $(RESULTS)/live-azure-conv-42rps.json
 	$(LIVE) --rates 42 --seeds 1 --out $(RESULTS)/live-azure-conv-42rps.json
+	$(PY) -m bench.live --trace $(MOONCAKE) --arrivals trace --slo B/200 --model $(MODEL) --prefix-caching --rates 3 \
+	  --max-model-len 131072 --seconds 120 --warmup-s 40 --drain-s 30 --seeds 1 2 \
+	  --systems vllm-rr-512 vllm-sticky-512 ascendra --out $(RESULTS)/prefixes-live.json
 	$(LIVE) --rates 36 42 53 --seeds 1 --systems unified ascendra --out $(RESULTS)/fidelity-live.json
 	$(LIVE) --rates 36 42 53 --seeds 1 --systems ascendra --out $(RESULTS)/fidelity-live-again.json
 	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json $(RESULTS)/fidelity-live-again.json \

@@ -128,6 +128,7 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = pair_section([read(path.stem) for path in sorted(RESULTS.glob("cpu-pair*.json"))])
     sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: fidelity_table(d["cells"]))
+    sections["live_prefixes"] = optional("prefixes-live", lambda d: live_section([d]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 

@@ -124,6 +124,7 @@ BRIEF = {
     "code-trace-2000-200": "Azure code at its own timestamps, 2 s / 200 ms",
     "sharegpt-poisson-1000-100": "ShareGPT lengths, 1 s / 100 ms",
     "arxiv-poisson-2000-200": "arXiv summarisation lengths, 2 s / 200 ms",
+    "mooncake-trace-B-200": "Mooncake conversation, shared prefixes, TTFT by length and 200 ms",
 }
 """Workloads of the README's table, and what they are called there."""
 

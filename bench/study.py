@@ -92,7 +92,6 @@ WORKLOADS = {
         Workload(trace="sharegpt", arrivals="poisson", slo="B", budgets=_TIGHT),
         Workload(trace="arxiv", arrivals="poisson", slo="B", budgets=_TIGHT),
         Workload(trace="mooncake", arrivals="trace", slo="B/200", budgets=_LONG, dispatches=_PREFIXES),
-        Workload(trace="mooncake", arrivals="trace", slo="30000/200", budgets=_LONG, dispatches=_PREFIXES),
     )
 }
 

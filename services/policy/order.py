@@ -40,17 +40,17 @@ class OrderPolicy:
 
 
 def may_evict(free_blocks: float, resident: int, tokens: int, block_tokens: int) -> bool:
-    """Return whether a step may need more KV blocks than are free, so that vLLM preempts somebody.
+    """Return whether a step may well need more KV blocks than are free, so that vLLM preempts somebody.
 
     Nobody is paused then: a paused request holds its blocks and cannot be preempted.
 
     Args:
         free_blocks: KV blocks without a user.
-        resident: requests that hold blocks; each may begin a new one.
+        resident: requests that hold blocks; each that decodes begins a new one every `block_tokens` steps.
         tokens: most tokens of the step.
         block_tokens: length of a block.
     """
-    return free_blocks < resident + tokens / block_tokens
+    return free_blocks * block_tokens < resident + tokens
 
 
 def resident_first(ordered: Sequence[QueuedRequest], resident: Iterable[QueuedRequest]) -> list[QueuedRequest]:

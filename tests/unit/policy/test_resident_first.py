@@ -18,7 +18,7 @@ def test_resident_requests_come_first_in_their_order() -> None:
     assert resident_first(ordered, []) == ordered
 
 
-@pytest.mark.parametrize(("free", "evicts"), [(138, False), (137, True)])
-def test_a_step_may_take_a_block_for_each_resident_and_those_of_its_tokens(free: int, evicts: bool) -> None:
-    """Ten residents and 2,048 tokens in blocks of 16."""
-    assert may_evict(free, 10, 2048, 16) is evicts
+@pytest.mark.parametrize(("free", "evicts"), [(130, False), (129, True)])
+def test_a_step_may_take_the_blocks_of_its_tokens(free: int, evicts: bool) -> None:
+    """A token for each of 32 residents and 2,048 more in blocks of 16."""
+    assert may_evict(free, 32, 2048, 16) is evicts
