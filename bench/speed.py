@@ -1,9 +1,14 @@
 """How fast the simulator is: requests a minute on one core, by system and number of instances.
 
 python -m bench.speed --trace conv.csv.gz --out bench/results/speed.json
+python -m bench.speed --trace conv.csv.gz --in-turn 8 --sizes 8 --out bench/results/speed-in-turn.json
+
+With --in-turn, several clusters of each size, which know nothing of each other, are simulated in turn, event by event:
+the work is that of the small cluster, what it touches is as much as that of a large one.
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.markdown import markdown_table
-from bench.options import add_setting_options, setting_from, systems_from
+from bench.options import Setting, add_setting_options, setting_from, systems_from
 from bench.result_files import provenance, write_result
-from bench.simulator.systems import simulate, system_named
+from bench.simulator.systems import assemble, simulate, system_named
 
 SYSTEMS = "vllm-512-work,unified,ascendra,ascendra-pool,ascendra-pull"
 
@@ -39,6 +44,44 @@ def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     return markdown_table(heads, rows)
 
 
+def in_turn(setting: Setting, args: argparse.Namespace) -> None:
+    """Measure what a request costs when several independent clusters take turns, relative to one after the other."""
+    cells = []
+    for name in systems_from(args.policies):
+        for size in args.sizes:
+            ratios = []
+            for _ in range(args.repeats):
+                alone_s, turns_s = (
+                    _advance_s(setting, name, size, args, clusters, args.in_turn // clusters)
+                    for clusters in (1, args.in_turn)
+                )
+                ratios.append(turns_s / alone_s)
+            cells.append({"system": name, "instances": size, "clusters": args.in_turn, "ratios": ratios})
+            print(f"{name} {size} x {args.in_turn}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    write_result(args.out, {**provenance(args), "cells": cells})
+
+
+def _advance_s(setting: Setting, name: str, size: int, args: argparse.Namespace, clusters: int, times: int) -> float:
+    """Return the seconds of processor time of `clusters` that take turns, done `times` over."""
+    total_s = 0.0
+    for first in range(times):
+        running = []
+        for number in range(first, first + clusters):
+            config = replace(setting.cluster, instances=size, seed=number)
+            cluster, router = assemble(system_named(name), config)
+            workload = replace(setting, requests=size * args.per_instance).workload(args.rate * size, number)
+            cluster.begin(workload, router)
+            running.append(cluster)
+        gc.collect()
+        gc.disable()
+        started_s = time.process_time()
+        while running:
+            running = [cluster for cluster in running if cluster.advance(1)]
+        total_s += time.process_time() - started_s
+        gc.enable()
+    return total_s
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
@@ -48,9 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=5.5, help="requests/s of an instance (default: %(default)s)")
     parser.add_argument("--per-instance", type=int, default=200, help="requests an instance (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
+    parser.add_argument("--in-turn", type=int, default=0, help="clusters that take turns (default: one after another)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
     setting = setting_from(args)
+    if args.in_turn:
+        in_turn(setting, args)
+        return
     cells = []
     for name in systems_from(args.policies):
         for size in args.sizes:

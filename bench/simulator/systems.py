@@ -205,21 +205,14 @@ class Run:
     """(Time, number of HPs from then on)."""
 
 
-def simulate(
+def assemble(
     system: System,
-    workload: Sequence[WorkloadRequest],
     config: ClusterConfig,
     give_up_after: int | None = None,
     warmup: int = 0,
     card: PredictionCard | None = None,
-) -> Run:
-    """Serve a workload with a system on a simulated cluster.
-
-    Args:
-        give_up_after: end the run once more requests than this, the first `warmup` aside, are sure to have missed.
-        warmup: requests, first to arrive, whose misses do not count.
-        card: judges the router's predictions, where it places requests.
-    """
+) -> tuple[Cluster, PlacingRouter | PullingRouter]:
+    """Return a system's simulated cluster and its router; arguments as of `simulate`."""
     high = system.hp_count(config.instances) if system.hp_count else 0
     engine = config.engine
     if system.order is None:
@@ -276,14 +269,34 @@ def simulate(
             roles=system.roles,
         )
         router = PlacingRouter(cluster, states, policy, config.seed, card)
+    return cluster, router
+
+
+def simulate(
+    system: System,
+    workload: Sequence[WorkloadRequest],
+    config: ClusterConfig,
+    give_up_after: int | None = None,
+    warmup: int = 0,
+    card: PredictionCard | None = None,
+) -> Run:
+    """Serve a workload with a system on a simulated cluster.
+
+    Args:
+        give_up_after: end the run once more requests than this, the first `warmup` aside, are sure to have missed.
+        warmup: requests, first to arrive, whose misses do not count.
+        card: judges the router's predictions, where it places requests.
+    """
+    cluster, router = assemble(system, config, give_up_after, warmup, card)
     records = cluster.run(workload, router)
+    instances = cluster.instances
     run = Run(
         records=records,
         events=cluster.events,
         steps=sum(instance.steps for instance in instances),
         preemptions=cluster.preemptions,
         busy_share=sum(instance.busy_s for instance in instances) / max(len(instances) * cluster.now_s, 1e-9),
-        hp_instances=high,
+        hp_instances=system.hp_count(config.instances) if system.hp_count else 0,
         gave_up=cluster.gave_up,
     )
     if isinstance(router, PlacingRouter):
