@@ -112,6 +112,8 @@ bench-simulated: setup ## The tables of the simulator
 	cd .cache/compiled && $(BIN)/python -m bench.roles --trace $(abspath $(CONV)) --requests 3000 \
 	  --out ../../$(RESULTS)/roles-azure-conv.json
 	cd .cache/compiled && $(BIN)/python -m bench.speed --trace $(abspath $(CONV)) --out ../../$(RESULTS)/speed.json
+	cd .cache/compiled && $(BIN)/python -m bench.speed --trace $(abspath $(CONV)) --in-turn 8 --sizes 8 \
+	  --out ../../$(RESULTS)/speed-in-turn.json
 	$(PY) -m bench.predictor_card --simulated --trace $(CONV) --rates 12 30 44 56 \
 	  --out $(RESULTS)/predictor-card-simulated.json
 	$(PY) -m bench.predictor_card --simulated --delivery-ms 12 --trace $(CONV) --rates 12 30 44 56 \

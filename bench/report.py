@@ -21,9 +21,19 @@ from bench.live.__main__ import table as live_table
 from bench.overhead.__main__ import Cell
 from bench.overhead.__main__ import table as overhead_table
 from bench.predictor_card import table as card_table
-from bench.report_capacity import brief, draw, goals, overview, sensitivity_section, title, workload_section
+from bench.report_capacity import (
+    brief,
+    draw,
+    goals,
+    overview,
+    prefixes,
+    sensitivity_section,
+    title,
+    workload_section,
+)
 from bench.roles import table as roles_table
 from bench.sensitivity import CASES
+from bench.speed import in_turn_table
 from bench.speed import table as speed_table
 from bench.study import WORKLOADS
 
@@ -128,6 +138,8 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = pair_section([read(path.stem) for path in sorted(RESULTS.glob("cpu-pair*.json"))])
     sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: fidelity_table(d["cells"]))
+    sections["speed_in_turn"] = optional("speed-in-turn", lambda d: in_turn_table(d["cells"]))
+    sections["prefixes"] = prefixes(documents)
     sections["live_prefixes"] = optional("prefixes-live", lambda d: live_section([d]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)

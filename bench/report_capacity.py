@@ -10,6 +10,8 @@ from bench.markdown import markdown_table
 TARGETS = ("0.99", "0.9")
 OURS = ("ascendra", "ascendra-pool", "ascendra-pull")
 KNEE = "unified"
+ENDS = ("sticky", "work", "spread", "headroom", "rebalance", "p2c", "edf", "least", "rr")
+"""Dispatches of stock vLLM."""
 
 
 def capacities(document: dict[str, Any], policy: str, target: str) -> dict[int, float]:
@@ -116,6 +118,24 @@ def overview(documents: dict[str, dict[str, Any]]) -> str:
     return markdown_table(heads, rows)
 
 
+def prefixes(documents: dict[str, dict[str, Any]]) -> str:
+    """Render workloads whose prompts share prefixes: ours against the best of each kind of dispatch."""
+    heads = ["workload", "system", "seeds", *(f"@{float(t):.0%} req/s (min-max)" for t in TARGETS)]
+    rows = []
+    for document in documents.values():
+        if not any(name.endswith("-sticky") for name in systems(document)):
+            continue
+        names = [*OURS, "ascendra-blind", KNEE, *(best(document, "vllm-", f"-{end}", TARGETS[0]) for end in ENDS)]
+        names.append(baselines(document, TARGETS[1])["paper"])
+        for policy in dict.fromkeys(name for name in names if name in systems(document)):
+            cells = [title(document), policy, str(len(capacities(document, policy, TARGETS[0])))]
+            for target in TARGETS:
+                rates = list(capacities(document, policy, target).values())
+                cells.append(f"{statistics.fmean(rates):.2f} ({min(rates):.2f}-{max(rates):.2f})")
+            rows.append(cells)
+    return markdown_table(heads, rows)
+
+
 BRIEF = {
     "conv-poisson-1000-100": "Azure conversation, 1 s / 100 ms",
     "conv-gamma3-1000-100": "the same in bursts (Gamma, CV 3)",
@@ -139,6 +159,8 @@ def brief(documents: dict[str, dict[str, Any]]) -> str:
             " / ".join(f"{ratio_cell(document, OURS[0], baselines(document, t)[family], t)}x" for t in TARGETS)
             for family in families
         ]
+        # A baseline that reaches a target at no rate has no ratio.
+        cells = [cell.replace("-x", "-") for cell in cells]
         rows.append([words, *cells])
     return markdown_table(["workload", *families.values()], rows)
 

@@ -44,6 +44,18 @@ def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     return markdown_table(heads, rows)
 
 
+def in_turn_table(cells: Sequence[dict[str, Any]]) -> str:
+    """Lay out the ratios of `in_turn`."""
+    heads = ["system", "clusters", "cost in turn / one after another", "min-max"]
+    rows = []
+    for cell in cells:
+        ratios = cell["ratios"]
+        clusters = f"{cell['clusters']} of {cell['instances']}"
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        rows.append([cell["system"], clusters, f"{statistics.median(ratios):.2f}", spread])
+    return markdown_table(heads, rows)
+
+
 def in_turn(setting: Setting, args: argparse.Namespace) -> None:
     """Measure what a request costs when several independent clusters take turns, relative to one after the other."""
     cells = []
