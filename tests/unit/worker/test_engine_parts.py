@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -150,3 +151,11 @@ def test_noise_is_keyed_by_seed_and_position() -> None:
     assert len(seeds) == 2500
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert noise_seed(2**63 - 1, 10) == noise_seed(2**63 - 1, 10)
+
+
+def test_what_is_computed_is_not_looked_up() -> None:
+    """A request whose KV came from elsewhere waits with it; the prefix cache has no say."""
+    from services.worker.engine.core.prefix_lookup import PrefixLookup
+
+    arrived: Any = SimpleNamespace(num_computed_tokens=700)
+    assert PrefixLookup(None).computed_tokens(arrived, 0.0) == 700

@@ -16,8 +16,10 @@ class PrefixLookup:
         self._found: dict[str, tuple[float, int]] = {}
         """By request: when it was looked up, and the tokens."""
 
-    def cached_tokens(self, request: Request, now_s: float) -> int:
-        """Return how many tokens of a request that holds no blocks need not be computed."""
+    def computed_tokens(self, request: Request, now_s: float) -> int:
+        """Return how many tokens of a request need not be computed: they are, or the cache holds them."""
+        if request.num_computed_tokens:
+            return int(request.num_computed_tokens)
         asked_s, tokens = self._found.get(request.request_id, (-_ASKED_ANEW_S, 0))
         if now_s - asked_s >= _ASKED_ANEW_S:
             tokens = self._look_up(request)

@@ -153,7 +153,7 @@ class PolicyScheduler:
                 queued.prompt_tokens = request.num_tokens
                 if request.num_output_tokens:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
-            queued.computed_tokens = self._prefixes.cached_tokens(request, now_s)
+            queued.computed_tokens = self._prefixes.computed_tokens(request, now_s)
             waiting.append(queued)
         may_pause = self._pause_allowed and not self._may_evict()
         return self.planner.plan(
@@ -260,15 +260,11 @@ class PolicyScheduler:
 
     def _telemetry(self, step: _Step, step_s: float, now_s: float) -> common_pb2.StepTelemetry:
         scheduler: Any = self
+        unfinished = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill_chunk)]
         queued_prefill = sum(
-            request.num_tokens - self._prefixes.cached_tokens(request, now_s)
-            for request in scheduler.waiting
+            request.num_tokens - self._prefixes.computed_tokens(request, now_s)
+            for request in unfinished
             if not imports_kv(request)
-        )
-        queued_prefill += sum(
-            request.num_tokens - request.num_computed_tokens
-            for request in scheduler.running
-            if request.is_prefill_chunk and not imports_kv(request)
         )
         return common_pb2.StepTelemetry(
             step=self._steps,
