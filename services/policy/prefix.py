@@ -12,17 +12,18 @@ _UNKNOWN_CAPACITY_TOKENS = 1 << 18
 _TOKEN_BYTES = 4
 
 
-def block_ids(prompt: bytes, block_tokens: int) -> tuple[int, ...]:
+def block_ids(prompt: bytes, block_tokens: int, known: Sequence[int] = ()) -> tuple[int, ...]:
     """Return the ids of a prompt's full blocks, for this process only.
 
     Args:
         prompt: token ids, four bytes each.
         block_tokens: length of a block.
+        known: ids of its first blocks.
     """
     size = _TOKEN_BYTES * block_tokens
-    ids = []
-    before = 0
-    for start in range(0, len(prompt) - size + 1, size):
+    ids = list(known)
+    before = ids[-1] if ids else 0
+    for start in range(size * len(ids), len(prompt) - size + 1, size):
         before = hash((before, prompt[start : start + size]))
         ids.append(before)
     return tuple(ids)
@@ -75,7 +76,3 @@ class PrefixIndex:
         """Forget a prompt that left before it was computed, but for what was there before it came."""
         for block in blocks[cached_tokens // self.block_tokens :]:
             self._blocks.pop(block, None)
-
-    def clear(self) -> None:
-        """Forget everything: the instance started anew."""
-        self._blocks.clear()

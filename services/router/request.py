@@ -187,7 +187,7 @@ class LiveRequest:
     def history_blocks(self) -> tuple[tuple[int, ...], int]:
         """Return the block ids of prompt and completion so far, and their tokens: how a next turn may begin."""
         history = self.spec.prompt + self.generated.tobytes()
-        return block_ids(history, PREFIX_BLOCK_TOKENS), len(history) // 4
+        return block_ids(history, PREFIX_BLOCK_TOKENS, self.prefix), len(history) // 4
 
     def decide(self, record: DecisionRecord) -> None:
         """Remember a decision."""

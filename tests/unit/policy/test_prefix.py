@@ -34,6 +34,8 @@ def test_equal_ids_mean_equal_beginnings(one: list[int], other: list[int]) -> No
     both = zip(ids(one), ids(other), strict=False)
     equal = next((place for place, (a, b) in enumerate(both) if a != b), min(len(ids(one)), len(ids(other))))
     assert equal == shared(one, other) // BLOCK
+    longer = array.array("I", [*one, *other]).tobytes()
+    assert block_ids(longer, BLOCK, ids(one)) == block_ids(longer, BLOCK)
 
 
 @given(st.lists(prompts, max_size=8), prompts)
