@@ -1,20 +1,22 @@
 """Late binding: requests wait in one ordered set, where they can still go anywhere, and instances draw from it.
 
 Each instance has a short committed queue, so that its engine never idles; while that has room, the instance holds a
-ticket for the set. The set is ordered and relegated as an engine's own queue is, with the speed of the whole pool.
+ticket for the set. The set is ordered and relegated as an engine's own queue is, with the speed of the whole pool. A
+prompt of which an instance holds the beginning waits for that one as long as it is sooner done there.
 """
 
 import enum
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from services.policy.order import OrderPolicy
 from services.policy.prefill import PrefillPace, instance_pace
+from services.policy.prefix_finds import PrefixFinds
 from services.policy.relegation import LATE, NONE, RelegatedTurns, late, moore_hodgson
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.tickets import TicketPolicy, ticket_room
@@ -73,6 +75,7 @@ class Committed:
 
     def add(self, request: QueuedRequest) -> None:
         """Count a request that goes there from now on."""
+        self.view.expects(request)
         self.view.queue.append(request)
         if not request.relegated:
             self.work_s += self.pace.remaining_work_s(request)
@@ -125,6 +128,7 @@ class WaitingSet:
         self._urgent: set[str] = set()
         """Of the ranked: those that only HP can save."""
         self._ranked_s = -math.inf
+        self._finds = PrefixFinds()
 
     def __len__(self) -> int:
         """Return how many requests wait."""
@@ -147,6 +151,7 @@ class WaitingSet:
     def discard(self, request_id: str) -> bool:
         """Let go of a request; False when it is not here."""
         before = len(self)
+        self._finds.forget(request_id)
         self._new = [request for request in self._new if request.request_id != request_id]
         self._ranked = [entry for entry in self._ranked if entry[1].request_id != request_id]
         if len(self) == before:
@@ -166,6 +171,10 @@ class WaitingSet:
         if not pool or not (self._ranked or self._new):
             return []
         pace = min(pool, key=_work).pace
+        views = [one.view for one in pool]
+        for request in (*(request for _, request in self._ranked), *self._new):
+            # Wherever it finds most of its prompt, there it goes, unless it is sooner done elsewhere.
+            request.computed_tokens = self._finds.most_tokens(request, views, now_s)
         if now_s - self._ranked_s < self.policy.refresh_s:
             for request in self._new:
                 insort(self._ranked, self._entry(request, pace, now_s), key=_key)
@@ -198,16 +207,20 @@ class WaitingSet:
         def may_draw(instance: Instance) -> bool:
             if not self._has_room(instance):
                 return False
-            if not split or instance.view.role is not Role.HIGH:
+            if not _is_reserve(instance.view, split):
                 return True
             return tickets is not None and _may_draw_ticket(instance, tickets, tightest_s)
 
         open_ = [instance for instance in instances if may_draw(instance)]
+        has_room = set(map(id, open_))
+        reachable = [
+            one for one in pool if id(one) in has_room or (_has_place(one.view) and not _is_reserve(one.view, split))
+        ]
         while open_ and (self._ranked or self._late):
             # Not the least work alone: of two idle ones, the one with fewer decodes is sooner done with a long prompt.
             head = self._ranked[0][1] if self._ranked else self._late[0]
-            instance = min(open_, key=partial(_soonest, head))
-            binding = self._draw_next(instance, split, now_s)
+            instance = min(open_, key=partial(self._soonest, head))
+            binding = self._draw_next(instance, reachable, split, now_s)
             if binding is None:
                 open_.remove(instance)
                 continue
@@ -271,7 +284,7 @@ class WaitingSet:
     def _has_room(self, instance: Instance) -> bool:
         view, policy = instance.view, self.policy
         committed = sum(not request.relegated for request in view.queue)
-        if view.draining or committed >= policy.max_committed or view.decodes + len(view.queue) >= view.max_num_seqs:
+        if committed >= policy.max_committed or not _has_place(view):
             return False
         return instance.work_s < policy.committed_steps * instance.pace.capacity_s
 
@@ -281,10 +294,9 @@ class WaitingSet:
         bindings: list[Binding] = []
         due_s = math.fsum(pace.remaining_work_s(one) for one in view.queue if one.started or one.urgent)
         for _, request in [entry for entry in self._ranked if entry[1].request_id in self._urgent]:
-            full = view.decodes + len(view.queue) >= view.max_num_seqs
-            if view.draining or full or due_s >= self.policy.committed_steps * pace.capacity_s:
+            if not _has_place(view) or due_s >= self.policy.committed_steps * pace.capacity_s:
                 break
-            work_s = pace.remaining_work_s(request)
+            work_s = self._work_s(request, instance)
             ahead = (one for one in view.queue if one.started or one.deadline_s <= request.deadline_s)
             ahead_s = math.fsum(map(pace.remaining_work_s, ahead))
             if now_s + view.hop_s + self.order.caution * pace.finish_s(ahead_s + work_s) > request.deadline_s:
@@ -296,16 +308,19 @@ class WaitingSet:
             bindings.append(Binding(request, view.worker_id, Draw.URGENT, "the LP workers would miss it"))
         return bindings
 
-    def _draw_next(self, instance: Instance, split: bool, now_s: float) -> Binding | None:
+    def _draw_next(
+        self, instance: Instance, reachable: Sequence[Instance], split: bool, now_s: float
+    ) -> Binding | None:
         """Take the request whose turn it is; None when there is none for this instance."""
-        found = self._overdue(instance, now_s) or self._first()
+        found = self._overdue(instance, now_s) or self._first(instance, reachable)
         if found is None:
             bound_s = math.fsum(instance.pace.remaining_work_s(request) for request in instance.view.queue)
             if not self._late or bound_s >= self.policy.committed_steps * instance.pace.capacity_s:
                 return None
             found = self._late.popleft(), "relegated; nobody else waits"
         request, rule = found
-        ticketed = split and instance.view.role is Role.HIGH
+        self._finds.forget(request.request_id)
+        ticketed = _is_reserve(instance.view, split)
         request.ticketed = ticketed
         instance.add(request)
         draw, why = (Draw.TICKET, "an HP worker has room") if ticketed else (Draw.PLACE, "most room")
@@ -316,18 +331,51 @@ class WaitingSet:
             return None
         if now_s - self._late[0].arrival_s < self.order.relegated_after_s:
             return None
-        self._turns.spend(instance.pace.remaining_work_s(self._late[0]))
+        self._turns.spend(self._work_s(self._late[0], instance))
         return self._late.popleft(), "relegated; overdue"
 
-    def _first(self) -> tuple[QueuedRequest, str] | None:
+    def _first(self, instance: Instance, reachable: Sequence[Instance]) -> tuple[QueuedRequest, str] | None:
+        """Take the first in the order that is not sooner done elsewhere, where its prompt is known."""
+        ahead_s: dict[str, float] = {}
         for place, (_, request) in enumerate(self._ranked):
-            if request.request_id not in self._given_up:
+            if request.request_id in self._given_up:
+                continue
+            better = self._better(request, instance, reachable, ahead_s)
+            if better is None:
                 del self._ranked[place]
                 return request, "first in the order"
-        if self._ranked:
+            worker_id = better.view.worker_id
+            ahead_s[worker_id] = ahead_s.get(worker_id, 0.0) + self._work_s(request, better)
+        if self._ranked and not ahead_s:
             # Given up for others that are gone by now, and still in time.
             return self._ranked.pop(0)[1], "given up for others that are gone"
         return None
+
+    def _better(
+        self, request: QueuedRequest, instance: Instance, reachable: Sequence[Instance], ahead_s: Mapping[str, float]
+    ) -> Instance | None:
+        """Return the instance where a request is done sooner than here, behind all that is bound and wants to go there.
+
+        None where no cache makes a difference: then nobody waits for an instance that has no room yet.
+        """
+        if not request.computed_tokens:
+            return None
+
+        def done_s(one: Instance) -> float:
+            work_s = one.work_s + ahead_s.get(one.view.worker_id, 0.0) + self._work_s(request, one)
+            return one.view.hop_s + one.pace.finish_s(work_s)
+
+        best = min(reachable, key=done_s)
+        return best if done_s(best) < done_s(instance) else None
+
+    def _work_s(self, request: QueuedRequest, instance: Instance) -> float:
+        """Return the prefill work of a request on an instance: what its prefix cache does not save."""
+        cached = self._finds.tokens(request, instance.view)
+        return instance.pace.work_s(request.prompt_tokens - cached, cached)
+
+    def _soonest(self, request: QueuedRequest, instance: Instance) -> tuple[bool, float]:
+        """Sort instances with nothing queued first, then by when they would be done with a request."""
+        return instance.work_s > 0, instance.pace.finish_s(instance.work_s + self._work_s(request, instance))
 
 
 def _may_draw_ticket(instance: Instance, tickets: TicketPolicy, tbt_s: float) -> bool:
@@ -335,10 +383,14 @@ def _may_draw_ticket(instance: Instance, tickets: TicketPolicy, tbt_s: float) ->
     return held < tickets.leases and not ticket_room(instance.view, instance.pace, tickets, tbt_s)
 
 
-def _soonest(request: QueuedRequest, instance: Instance) -> tuple[bool, float]:
-    """Sort instances with nothing queued first, then by when they would be done with a request."""
-    pace = instance.pace
-    return instance.work_s > 0, pace.finish_s(instance.work_s + pace.remaining_work_s(request))
+def _has_place(view: InstanceView) -> bool:
+    """Whether an instance takes requests at all: they are resident until they end."""
+    return not view.draining and view.decodes + len(view.queue) < view.max_num_seqs
+
+
+def _is_reserve(view: InstanceView, split: bool) -> bool:
+    """Whether an instance is an HP beside LPs, which draws on tickets."""
+    return split and view.role is Role.HIGH
 
 
 def _work(instance: Instance) -> float:

@@ -15,6 +15,7 @@ from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s, waited_too_long
 from services.policy.late_binding import Binding, Committed, Draw, WaitingSet
 from services.policy.order import OrderPolicy
+from services.policy.prefill import newcomer_work_s
 from services.policy.state import QueuedRequest
 from services.policy.tickets import TicketPolicy
 from services.router import metrics
@@ -153,12 +154,17 @@ class Binder:
         age_s = now_s - request.arrival_s
         for one in pool:
             worker_id, pace = one.view.worker_id, one.pace
-            own_s = pace.work_s(queued.prompt_tokens)
+            own_s = newcomer_work_s(one.view, pace, queued)
             ttft_s = one.view.hop_s + pace.finish_s(ahead_s[worker_id] + own_s)
             left_s = queued.slo.ttft_s - age_s
             missed = self._dispatcher.predictions.miss_probability(worker_id, ahead_s[worker_id], ttft_s, left_s)
             candidates.append(
-                cluster_pb2.Candidate(worker_id=worker_id, predicted_ttft_s=age_s + ttft_s, miss_ttft=missed)
+                cluster_pb2.Candidate(
+                    worker_id=worker_id,
+                    predicted_ttft_s=age_s + ttft_s,
+                    miss_ttft=missed,
+                    cached_tokens=one.view.cached_tokens(queued),
+                )
             )
             if worker_id == binding.worker_id:
                 work_s = own_s

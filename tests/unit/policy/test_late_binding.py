@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.policy.late_binding import Binding, Committed, Draw, LateBindingPolicy, WaitingSet
 from services.policy.order import OrderPolicy
+from services.policy.prefix import PrefixIndex
 from services.policy.relegation import RULES
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B
@@ -22,14 +23,32 @@ POLICY = LateBindingPolicy(refresh_s=0.0)
 TICKETS = TicketPolicy(leases=2)
 
 
-def request(name: str, tokens: int = 500, *, arrival_s: float = 0.0, ttft_s: float = 1.0) -> QueuedRequest:
-    """Return a request that waits."""
-    return QueuedRequest(request_id=name, arrival_s=arrival_s, prompt_tokens=tokens, slo=Slo(ttft_s=ttft_s, tbt_s=0.1))
+BLOCK_TOKENS = 100
+
+
+def request(
+    name: str, tokens: int = 500, *, arrival_s: float = 0.0, ttft_s: float = 1.0, talk: int = 0
+) -> QueuedRequest:
+    """Return a request that waits; those of one talk (0: none) begin with the same prompt."""
+    return QueuedRequest(
+        request_id=name,
+        arrival_s=arrival_s,
+        prompt_tokens=tokens,
+        slo=Slo(ttft_s=ttft_s, tbt_s=0.1),
+        prefix=[1000 * talk + place for place in range(tokens // BLOCK_TOKENS)] if talk else (),
+    )
 
 
 def view(name: str, role: Role = Role.UNIFIED, **changes: object) -> InstanceView:
     """Return an idle instance."""
     return InstanceView(worker_id=name, role=role, model=A100_LLAMA3_8B, **changes)  # type: ignore[arg-type]
+
+
+def holder(name: str, talk: int, tokens: int, **changes: object) -> InstanceView:
+    """Return an instance that computed a talk's prompt."""
+    one = view(name, prefixes=PrefixIndex(BLOCK_TOKENS), **changes)  # type: ignore[arg-type]
+    one.receives(request("before", tokens, talk=talk))
+    return one
 
 
 def pool(*views: InstanceView) -> list[Committed]:
@@ -167,24 +186,70 @@ def test_a_pool_of_hps_alone_draws_everything() -> None:
     assert binding.draw is Draw.PLACE
 
 
+def test_a_talk_goes_where_its_prompt_is() -> None:
+    """Even past an idle instance, as far as it is sooner done behind what is queued there."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    waiting.add(request("next", 6000, ttft_s=60, talk=1))
+    waiting.add(request("other", 6000, arrival_s=0.1, ttft_s=60))
+    drawn = turn(waiting, [view("a"), holder("b", 1, 5900, queue=[request("x", 500)])])
+    assert {binding.request.request_id: binding.worker_id for binding in drawn} == {"next": "b", "other": "a"}
+    assert [binding.request.computed_tokens for binding in drawn if binding.worker_id == "b"] == [5900]
+
+
+def test_a_talk_waits_for_room_where_its_prompt_is() -> None:
+    """Others pass it meanwhile; once what its cache saves is less than the wait, it goes anywhere."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    short, long = (view("a"), [request("x", 5000, ttft_s=60)]), (view("a"), [request("x", 8000, ttft_s=60)])
+    waiting.add(request("next", 6000, ttft_s=60, talk=1))
+    assert turn(waiting, [short[0], holder("b", 1, 5900, queue=short[1])]) == []
+    waiting.add(request("other", 1000, arrival_s=0.1, ttft_s=60))
+    [binding] = turn(waiting, [short[0], holder("b", 1, 5900, queue=short[1])])
+    assert (binding.request.request_id, binding.worker_id) == ("other", "a")
+    [binding] = turn(waiting, [long[0], holder("b", 1, 5900, queue=long[1])], 1.0)
+    assert (binding.request.request_id, binding.worker_id) == ("next", "a")
+
+
+def test_a_full_holder_is_not_waited_for() -> None:
+    """What it runs may take minutes: its prompt is computed again elsewhere."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    waiting.add(request("next", 6000, ttft_s=60, talk=1))
+    full = holder("b", 1, 5900, decodes=8, max_num_seqs=8, min_tbt_s=0.1)
+    assert [binding.worker_id for binding in turn(waiting, [view("a"), full])] == ["a"]
+
+
+def test_those_who_wait_for_a_holder_make_a_queue() -> None:
+    """A prompt that everybody begins with does not send everybody to who computed it first."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    for index in range(20):
+        waiting.add(request(f"r{index:02}", 2000 + 10 * index, ttft_s=60, talk=1))
+    busy = [request(f"x{index}", 100, ttft_s=60) for index in range(POLICY.max_committed)]
+    drawn = turn(waiting, [view("a"), holder("b", 1, 1500, queue=busy)])
+    assert drawn
+    assert {binding.worker_id for binding in drawn} == {"a"}
+    assert "r00" < drawn[0].request.request_id < "r06", "the first few wait for what is computed"
+
+
 class Waiting(RuleBasedStateMachine):
     """Arrivals, cancellations, steps and draws in any order, by two routers on the same instances."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sets = [WaitingSet(LateBindingPolicy(), OrderPolicy(), TICKETS) for _ in range(2)]
-        self.views = [view("a", Role.LOW), view("b", Role.LOW), view("h", Role.HIGH)]
+        self.views = [
+            view(name, role, prefixes=PrefixIndex(BLOCK_TOKENS, 20_000))
+            for name, role in (("a", Role.LOW), ("b", Role.LOW), ("h", Role.HIGH))
+        ]
         self.waiting: list[set[str]] = [set(), set()]
         self.bound: set[str] = set()
         self.now_s = 0.0
         self.count = 0
 
-    @rule(router=st.integers(0, 1), tokens=st.integers(1, 8000), ttft_s=st.floats(0.05, 5))
-    def arrive(self, router: int, tokens: int, ttft_s: float) -> None:
+    @rule(router=st.integers(0, 1), tokens=st.integers(1, 8000), ttft_s=st.floats(0.05, 5), talk=st.integers(0, 3))
+    def arrive(self, router: int, tokens: int, ttft_s: float, talk: int) -> None:
         """A request comes."""
         self.count += 1
         name = f"r{self.count}"
-        self.sets[router].add(request(name, tokens, arrival_s=self.now_s, ttft_s=ttft_s))
+        self.sets[router].add(request(name, tokens, arrival_s=self.now_s, ttft_s=ttft_s, talk=talk))
         self.waiting[router].add(name)
 
     @rule(router=st.integers(0, 1), data=st.data())
@@ -206,6 +271,7 @@ class Waiting(RuleBasedStateMachine):
             self.waiting[router].remove(name)
             assert name not in self.bound
             self.bound.add(name)
+            next(one for one in self.views if one.worker_id == binding.worker_id).receives(binding.request)
             assert (binding.draw is Draw.PLACE) == (binding.worker_id != "h")
 
     @rule(index=st.integers(0, 2))
@@ -213,6 +279,16 @@ class Waiting(RuleBasedStateMachine):
         """An instance finishes what it has."""
         self.views[index].queue.clear()
         self.sets[index % 2].earn(0.1)
+
+    @rule()
+    def drain(self) -> None:
+        """Idle instances draw until nobody waits, whatever they hold."""
+        for router in (0, 1):
+            for _ in range(10 * len(self.sets[router])):
+                self.draw(router, 0.5)
+                for index in range(3):
+                    self.serve(index)
+            assert not self.sets[router]
 
     @invariant()
     def sets_agree(self) -> None:
