@@ -7,13 +7,14 @@ prompt of which an instance holds the beginning waits for that one as long as it
 
 import enum
 import math
-from bisect import insort
+from bisect import bisect, insort
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
+from services.policy.fit import Fit, OrderKey, fit, place_in_order
 from services.policy.order import OrderPolicy
 from services.policy.prefill import PrefillPace, instance_pace
 from services.policy.prefix_finds import PrefixFinds
@@ -21,15 +22,15 @@ from services.policy.relegation import LATE, NONE, RelegatedTurns, late, moore_h
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.tickets import TicketPolicy, ticket_room
 from services.policy.token_budget import BudgetPolicy
-from services.policy.value_functions import order_key, value_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LateBindingPolicy:
     """When an instance has room."""
 
-    committed_steps: float = 2.0
-    """An instance draws while less than this many full steps of prefill are queued there, the running one included."""
+    committed_steps: float = 4.0
+    """An instance has room for a request while less than this many full steps of prefill go before it there, the
+    running one included. What its engine serves later does not keep an urgent request out."""
     max_committed: int = 8
     """Most requests queued at one instance; relegated ones, which wait behind all others there, not included."""
     refresh_s: float = 0.01
@@ -101,7 +102,8 @@ class Binding:
     rule: str
 
 
-_Ranked = tuple[tuple[float, int, float, str], QueuedRequest]
+_Ranked = tuple[OrderKey, QueuedRequest]
+_OVERDUE = "relegated; overdue"
 
 
 class WaitingSet:
@@ -201,37 +203,122 @@ class WaitingSet:
             if instance.view.role is Role.HIGH:
                 bindings += self._draw_urgent(instance, now_s)
         split = any(instance.view.role is not Role.HIGH for instance in pool)
+        takes = self._takers(instances, split)
+        wanted_s: dict[str, float] = {}
+        for request, rule in self._in_turn(now_s):
+            fits = [(self._fit(request, one, now_s), one) for one in instances if takes(one)]
+            if rule != _OVERDUE:
+                fits = [(fit, one) for fit, one in fits if fit.ahead_s < self._room_s(one)]
+            if not fits:
+                break  # whoever comes after it in the order finds less room
+            best, instance = min(fits, key=_preference)
+            if not best.pays:
+                continue
+            if request.computed_tokens and not request.relegated:
+                open_ = [one for _, one in fits]
+                known = self._where_known(request, instance, open_, pool, split, wanted_s, now_s)
+                if known is None:
+                    continue
+                instance = known
+            bindings.append(self._bind(request, instance, split, rule))
+        return bindings
+
+    def _takers(self, instances: Sequence[Instance], split: bool) -> Callable[[Instance], bool]:
+        """Return the test whether an instance takes anything now: HPs beside LPs do on tickets only."""
         tickets = self._tickets if split else None
         tightest_s = min((request.slo.tbt_s for _, request in self._ranked), default=0.0) if tickets else 0.0
 
-        def may_draw(instance: Instance) -> bool:
-            if not self._has_room(instance):
+        def takes(instance: Instance) -> bool:
+            view = instance.view
+            if not _has_place(view) or sum(not one.relegated for one in view.queue) >= self.policy.max_committed:
                 return False
-            if not _is_reserve(instance.view, split):
+            if not _is_reserve(view, split):
                 return True
             return tickets is not None and _may_draw_ticket(instance, tickets, tightest_s)
 
-        open_ = [instance for instance in instances if may_draw(instance)]
-        has_room = set(map(id, open_))
-        reachable = [
-            one for one in pool if id(one) in has_room or (_has_place(one.view) and not _is_reserve(one.view, split))
+        return takes
+
+    def _in_turn(self, now_s: float) -> Iterator[tuple[QueuedRequest, str]]:
+        """Yield the requests as their turns come, with the rule that says so."""
+        for request in list(self._late):
+            if self._turns.credit_s <= 0 or now_s - request.arrival_s < self.order.relegated_after_s:
+                break
+            yield request, _OVERDUE
+        given_up = self._given_up
+        for _, request in list(self._ranked):
+            if request.request_id not in given_up:
+                yield request, "first in the order"
+        if any(request.request_id not in given_up for _, request in self._ranked):
+            return
+        # Given up for others that are gone by now, and still in time; then those that are not.
+        for _, request in list(self._ranked):
+            yield request, "given up for others that are gone"
+        for request in list(self._late):
+            yield request, "relegated; nobody else waits"
+
+    def _where_known(
+        self,
+        request: QueuedRequest,
+        instance: Instance,
+        open_: Sequence[Instance],
+        pool: Sequence[Instance],
+        split: bool,
+        wanted_s: dict[str, float],
+        now_s: float,
+    ) -> Instance | None:
+        """Return where a request of known prefix goes: where it is soonest done, with all that wants to go there.
+
+        None: it waits for an instance that has no room yet, and is counted there.
+
+        Args:
+            open_: those that have room for it, `instance` the best of them otherwise.
+            wanted_s: by instance, the work of those that wait for it.
+        """
+        reachable = [one for one in pool if one is instance or any(one is other for other in open_)]
+        reachable += [
+            one
+            for one in pool
+            if not any(one is other for other in reachable)
+            and _has_place(one.view)
+            and not _is_reserve(one.view, split)
         ]
-        while open_ and (self._ranked or self._late):
-            # Not the least work alone: of two idle ones, the one with fewer decodes is sooner done with a long prompt.
-            head = self._ranked[0][1] if self._ranked else self._late[0]
-            instance = min(open_, key=partial(self._soonest, head))
-            binding = self._draw_next(instance, reachable, split, now_s)
-            if binding is None:
-                open_.remove(instance)
-                continue
-            bindings.append(binding)
-            if not may_draw(instance):
-                open_.remove(instance)
-        return bindings
+
+        def done_s(one: Instance) -> float:
+            return self._fit(request, one, now_s).done_s + wanted_s.get(one.view.worker_id, 0.0)
+
+        best = min(reachable, key=done_s)
+        if done_s(best) >= done_s(instance):
+            return instance
+        if any(best is one for one in open_):
+            return best
+        worker_id = best.view.worker_id
+        wanted_s[worker_id] = wanted_s.get(worker_id, 0.0) + self._work_s(request, best)
+        return None
+
+    def _bind(self, request: QueuedRequest, instance: Instance, split: bool, rule: str) -> Binding:
+        """Take a request out of the set, and count it where it goes."""
+        if rule == _OVERDUE:
+            self._turns.spend(self._work_s(request, instance))
+        self.discard(request.request_id)
+        request.ticketed = _is_reserve(instance.view, split)
+        instance.add(request)
+        draw, why = (Draw.TICKET, "an HP worker has room") if request.ticketed else (Draw.PLACE, "most room")
+        return Binding(request, instance.view.worker_id, draw, f"{rule}; {why}")
 
     def _entry(self, request: QueuedRequest, pace: PrefillPace, now_s: float) -> _Ranked:
-        value_s = value_function(self.order.value_function)(request, pace.alone_s(request), now_s)
-        return order_key(value_s, request), request
+        return place_in_order(request, pace, self.order, now_s), request
+
+    def _fit(self, request: QueuedRequest, instance: Instance, now_s: float) -> Fit:
+        own_s = self._work_s(request, instance)
+        return fit(request, own_s, instance.view, instance.pace, self.order, now_s)
+
+    def _work_s(self, request: QueuedRequest, instance: Instance) -> float:
+        """Return the prefill work of a request on an instance: what its prefix cache does not save."""
+        cached = self._finds.tokens(request, instance.view)
+        return instance.pace.work_s(request.prompt_tokens - cached, cached)
+
+    def _room_s(self, instance: Instance) -> float:
+        return self.policy.committed_steps * instance.pace.capacity_s
 
     def _relegate(self, pool: Sequence[Instance], pace: PrefillPace, now_s: float) -> list[QueuedRequest]:
         """Move the requests that no instance by itself could serve in time to the late ones; return them."""
@@ -275,18 +362,21 @@ class WaitingSet:
             request.deadline_s - now_s - hop_s - alone_share * pace.finish_s(work_s)
             for (_, request), work_s in zip(self._ranked, works_s, strict=True)
         ]
-        committed_s = math.fsum(map(_work, instances))
+        committed = sorted(
+            (place_in_order(queued, one.pace, self.order, now_s), one.pace.remaining_work_s(queued))
+            for one in instances
+            for queued in one.view.queue
+            if not queued.relegated
+        )
+        places = [place for place, _ in committed]
+        through_s = [0.0, *accumulate(work_s for _, work_s in committed)]
+        # What is committed but served after a request does not delay it.
+        later_s = [through_s[-1] - through_s[bisect(places, place)] for place, _ in self._ranked]
         speed = math.fsum(one.pace.capacity_s / one.pace.step_s for one in instances) / caution
         choose = late if self.order.relegation == LATE else moore_hodgson
-        dropped = choose([room_s * speed for room_s in rooms_s], works_s, committed_s)
+        limits_s = [room_s * speed + behind_s for room_s, behind_s in zip(rooms_s, later_s, strict=True)]
+        dropped = choose(limits_s, works_s, through_s[-1])
         return {self._ranked[place][1].request_id for place in dropped}
-
-    def _has_room(self, instance: Instance) -> bool:
-        view, policy = instance.view, self.policy
-        committed = sum(not request.relegated for request in view.queue)
-        if committed >= policy.max_committed or not _has_place(view):
-            return False
-        return instance.work_s < policy.committed_steps * instance.pace.capacity_s
 
     def _draw_urgent(self, instance: Instance, now_s: float) -> list[Binding]:
         """Let HP take what only HP can save, as far as it makes it."""
@@ -294,7 +384,7 @@ class WaitingSet:
         bindings: list[Binding] = []
         due_s = math.fsum(pace.remaining_work_s(one) for one in view.queue if one.started or one.urgent)
         for _, request in [entry for entry in self._ranked if entry[1].request_id in self._urgent]:
-            if not _has_place(view) or due_s >= self.policy.committed_steps * pace.capacity_s:
+            if not _has_place(view) or due_s >= self._room_s(instance):
                 break
             work_s = self._work_s(request, instance)
             ahead = (one for one in view.queue if one.started or one.deadline_s <= request.deadline_s)
@@ -307,75 +397,6 @@ class WaitingSet:
             due_s += work_s
             bindings.append(Binding(request, view.worker_id, Draw.URGENT, "the LP workers would miss it"))
         return bindings
-
-    def _draw_next(
-        self, instance: Instance, reachable: Sequence[Instance], split: bool, now_s: float
-    ) -> Binding | None:
-        """Take the request whose turn it is; None when there is none for this instance."""
-        found = self._overdue(instance, now_s) or self._first(instance, reachable)
-        if found is None:
-            bound_s = math.fsum(instance.pace.remaining_work_s(request) for request in instance.view.queue)
-            if not self._late or bound_s >= self.policy.committed_steps * instance.pace.capacity_s:
-                return None
-            found = self._late.popleft(), "relegated; nobody else waits"
-        request, rule = found
-        self._finds.forget(request.request_id)
-        ticketed = _is_reserve(instance.view, split)
-        request.ticketed = ticketed
-        instance.add(request)
-        draw, why = (Draw.TICKET, "an HP worker has room") if ticketed else (Draw.PLACE, "most room")
-        return Binding(request, instance.view.worker_id, draw, f"{rule}; {why}")
-
-    def _overdue(self, instance: Instance, now_s: float) -> tuple[QueuedRequest, str] | None:
-        if not self._late or self._turns.credit_s <= 0:
-            return None
-        if now_s - self._late[0].arrival_s < self.order.relegated_after_s:
-            return None
-        self._turns.spend(self._work_s(self._late[0], instance))
-        return self._late.popleft(), "relegated; overdue"
-
-    def _first(self, instance: Instance, reachable: Sequence[Instance]) -> tuple[QueuedRequest, str] | None:
-        """Take the first in the order that is not sooner done elsewhere, where its prompt is known."""
-        ahead_s: dict[str, float] = {}
-        for place, (_, request) in enumerate(self._ranked):
-            if request.request_id in self._given_up:
-                continue
-            better = self._better(request, instance, reachable, ahead_s)
-            if better is None:
-                del self._ranked[place]
-                return request, "first in the order"
-            worker_id = better.view.worker_id
-            ahead_s[worker_id] = ahead_s.get(worker_id, 0.0) + self._work_s(request, better)
-        if self._ranked and not ahead_s:
-            # Given up for others that are gone by now, and still in time.
-            return self._ranked.pop(0)[1], "given up for others that are gone"
-        return None
-
-    def _better(
-        self, request: QueuedRequest, instance: Instance, reachable: Sequence[Instance], ahead_s: Mapping[str, float]
-    ) -> Instance | None:
-        """Return the instance where a request is done sooner than here, behind all that is bound and wants to go there.
-
-        None where no cache makes a difference: then nobody waits for an instance that has no room yet.
-        """
-        if not request.computed_tokens:
-            return None
-
-        def done_s(one: Instance) -> float:
-            work_s = one.work_s + ahead_s.get(one.view.worker_id, 0.0) + self._work_s(request, one)
-            return one.view.hop_s + one.pace.finish_s(work_s)
-
-        best = min(reachable, key=done_s)
-        return best if done_s(best) < done_s(instance) else None
-
-    def _work_s(self, request: QueuedRequest, instance: Instance) -> float:
-        """Return the prefill work of a request on an instance: what its prefix cache does not save."""
-        cached = self._finds.tokens(request, instance.view)
-        return instance.pace.work_s(request.prompt_tokens - cached, cached)
-
-    def _soonest(self, request: QueuedRequest, instance: Instance) -> tuple[bool, float]:
-        """Sort instances with nothing queued first, then by when they would be done with a request."""
-        return instance.work_s > 0, instance.pace.finish_s(instance.work_s + self._work_s(request, instance))
 
 
 def _may_draw_ticket(instance: Instance, tickets: TicketPolicy, tbt_s: float) -> bool:
@@ -391,6 +412,10 @@ def _has_place(view: InstanceView) -> bool:
 def _is_reserve(view: InstanceView, split: bool) -> bool:
     """Whether an instance is an HP beside LPs, which draws on tickets."""
     return split and view.role is Role.HIGH
+
+
+def _preference(entry: tuple[Fit, Instance]) -> tuple[bool, bool, int, bool, float]:
+    return entry[0].preference
 
 
 def _work(instance: Instance) -> float:

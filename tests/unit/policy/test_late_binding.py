@@ -19,7 +19,7 @@ from services.policy.token_budget import BudgetPolicy
 from services.policy.value_functions import VALUE_FUNCTIONS
 
 BUDGET = BudgetPolicy()
-POLICY = LateBindingPolicy(refresh_s=0.0)
+POLICY = LateBindingPolicy(committed_steps=2.0, refresh_s=0.0)
 TICKETS = TicketPolicy(leases=2)
 
 
@@ -159,7 +159,7 @@ def test_an_overdue_relegated_request_gets_its_turn() -> None:
 def test_hp_takes_what_only_hp_can_save() -> None:
     """LP is busy beyond a deadline that HP makes: HP draws it as urgent; what LP makes stays for LP."""
     waiting = WaitingSet(POLICY, OrderPolicy(), TICKETS)
-    low, high = view("lp", Role.LOW, queue=[request("x", 4000, ttft_s=60)]), view("hp", Role.HIGH)
+    low, high = view("lp", Role.LOW, queue=[request("x", 4000, ttft_s=0.3)]), view("hp", Role.HIGH)
     waiting.add(request("tight", 500, ttft_s=0.4))
     [binding] = turn(waiting, [low, high])
     assert (binding.worker_id, binding.draw, binding.request.urgent) == ("hp", Draw.URGENT, True)
@@ -169,7 +169,7 @@ def test_hp_takes_what_only_hp_can_save() -> None:
 def test_an_idle_hp_draws_on_tickets_only(tickets: TicketPolicy | None) -> None:
     """Nothing is urgent: HP takes up to its leases, and none without tickets or beside urgent work."""
     waiting = WaitingSet(POLICY, OrderPolicy(), tickets)
-    low, high = view("lp", Role.LOW, queue=[request("x", 8000, ttft_s=60)]), view("hp", Role.HIGH)
+    low, high = view("lp", Role.LOW, queue=[request("x", 8000, ttft_s=50)]), view("hp", Role.HIGH)
     for index in range(4):
         waiting.add(request(f"r{index}", 100, ttft_s=60))
     drawn = turn(waiting, [low, high])
@@ -199,7 +199,7 @@ def test_a_talk_goes_where_its_prompt_is() -> None:
 def test_a_talk_waits_for_room_where_its_prompt_is() -> None:
     """Others pass it meanwhile; once what its cache saves is less than the wait, it goes anywhere."""
     waiting = WaitingSet(POLICY, OrderPolicy())
-    short, long = (view("a"), [request("x", 5000, ttft_s=60)]), (view("a"), [request("x", 8000, ttft_s=60)])
+    short, long = (view("a"), [request("x", 5000, ttft_s=50)]), (view("a"), [request("x", 8000, ttft_s=50)])
     waiting.add(request("next", 6000, ttft_s=60, talk=1))
     assert turn(waiting, [short[0], holder("b", 1, 5900, queue=short[1])]) == []
     waiting.add(request("other", 1000, arrival_s=0.1, ttft_s=60))
@@ -227,6 +227,28 @@ def test_those_who_wait_for_a_holder_make_a_queue() -> None:
     assert drawn
     assert {binding.worker_id for binding in drawn} == {"a"}
     assert "r00" < drawn[0].request.request_id < "r06", "the first few wait for what is computed"
+
+
+def test_an_urgent_request_has_room_before_what_is_served_later() -> None:
+    """A long prompt with a far deadline does not keep it out; one with a deadline before its own does."""
+    waiting = WaitingSet(POLICY, OrderPolicy())
+    waiting.add(request("tight", 500, ttft_s=1.0))
+    assert turn(waiting, [view("a", queue=[request("x", 8000, ttft_s=0.9)])]) == []
+    [binding] = turn(waiting, [view("a", queue=[request("x", 8000, ttft_s=60)])])
+    assert binding.request.request_id == "tight"
+
+
+def test_nobody_is_passed_who_would_miss_for_it_and_takes_less() -> None:
+    """It waits for another instance, or until the other is served; a shorter one passes: that is cheaper to keep."""
+    [instance] = pool(view("a"))
+    for tokens, passes in ((6000, False), (1000, True)):
+        waiting = WaitingSet(POLICY, OrderPolicy())
+        bound = request("bound", 3000, ttft_s=1.3 * instance.pace.alone_s(request("", 3000 if passes else 6000)))
+        waiting.add(request("new", tokens, ttft_s=bound.slo.ttft_s - 0.01))
+        drawn = turn(waiting, [view("a", queue=[bound])])
+        assert bool(drawn) is passes
+        drawn += turn(waiting, [view("a", queue=[bound]), view("b")])
+        assert [binding.worker_id for binding in drawn] == ["a" if passes else "b"]
 
 
 class Waiting(RuleBasedStateMachine):
