@@ -10,7 +10,7 @@ import math
 from bisect import bisect, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -100,6 +100,25 @@ class Binding:
     worker_id: str
     draw: Draw
     rule: str
+
+
+@dataclass(slots=True)
+class _Round:
+    """One time that instances draw."""
+
+    pool: Sequence[Instance]
+    now_s: float
+    split: bool = field(init=False)
+    """There are LPs: HPs draw on tickets."""
+    wanted_s: dict[str, float] = field(default_factory=dict)
+    """By instance: the work of those that wait for it because it holds their prompts."""
+
+    def __post_init__(self) -> None:
+        self.split = any(one.view.role is not Role.HIGH for one in self.pool)
+
+    def will_draw(self, instance: Instance) -> bool:
+        """Whether an instance that has no room now is worth waiting for."""
+        return _has_place(instance.view) and not _is_reserve(instance.view, self.split)
 
 
 _Ranked = tuple[OrderKey, QueuedRequest]
@@ -202,9 +221,8 @@ class WaitingSet:
         for instance in instances:
             if instance.view.role is Role.HIGH:
                 bindings += self._draw_urgent(instance, now_s)
-        split = any(instance.view.role is not Role.HIGH for instance in pool)
-        takes = self._takers(instances, split)
-        wanted_s: dict[str, float] = {}
+        round_ = _Round(pool, now_s)
+        takes = self._takers(round_.split)
         for request, rule in self._in_turn(now_s):
             fits = [(self._fit(request, one, now_s), one) for one in instances if takes(one)]
             if rule != _OVERDUE:
@@ -215,15 +233,14 @@ class WaitingSet:
             if not best.pays:
                 continue
             if request.computed_tokens and not request.relegated:
-                open_ = [one for _, one in fits]
-                known = self._where_known(request, instance, open_, pool, split, wanted_s, now_s)
+                known = self._where_known(request, instance, [one for _, one in fits], round_)
                 if known is None:
                     continue
                 instance = known
-            bindings.append(self._bind(request, instance, split, rule))
+            bindings.append(self._bind(request, instance, round_.split, rule))
         return bindings
 
-    def _takers(self, instances: Sequence[Instance], split: bool) -> Callable[[Instance], bool]:
+    def _takers(self, split: bool) -> Callable[[Instance], bool]:
         """Return the test whether an instance takes anything now: HPs beside LPs do on tickets only."""
         tickets = self._tickets if split else None
         tightest_s = min((request.slo.tbt_s for _, request in self._ranked), default=0.0) if tickets else 0.0
@@ -257,14 +274,7 @@ class WaitingSet:
             yield request, "relegated; nobody else waits"
 
     def _where_known(
-        self,
-        request: QueuedRequest,
-        instance: Instance,
-        open_: Sequence[Instance],
-        pool: Sequence[Instance],
-        split: bool,
-        wanted_s: dict[str, float],
-        now_s: float,
+        self, request: QueuedRequest, instance: Instance, open_: Sequence[Instance], round_: "_Round"
     ) -> Instance | None:
         """Return where a request of known prefix goes: where it is soonest done, with all that wants to go there.
 
@@ -272,26 +282,19 @@ class WaitingSet:
 
         Args:
             open_: those that have room for it, `instance` the best of them otherwise.
-            wanted_s: by instance, the work of those that wait for it.
         """
-        reachable = [one for one in pool if one is instance or any(one is other for other in open_)]
-        reachable += [
-            one
-            for one in pool
-            if not any(one is other for other in reachable)
-            and _has_place(one.view)
-            and not _is_reserve(one.view, split)
-        ]
+        wanted_s = round_.wanted_s
 
         def done_s(one: Instance) -> float:
-            return self._fit(request, one, now_s).done_s + wanted_s.get(one.view.worker_id, 0.0)
+            return self._fit(request, one, round_.now_s).done_s + wanted_s.get(one.view.worker_id, 0.0)
 
-        best = min(reachable, key=done_s)
+        has_room = {one.view.worker_id for one in open_}
+        best = min((one for one in round_.pool if one.view.worker_id in has_room or round_.will_draw(one)), key=done_s)
         if done_s(best) >= done_s(instance):
             return instance
-        if any(best is one for one in open_):
-            return best
         worker_id = best.view.worker_id
+        if worker_id in has_room:
+            return best
         wanted_s[worker_id] = wanted_s.get(worker_id, 0.0) + self._work_s(request, best)
         return None
 
