@@ -15,7 +15,7 @@ from services.policy.relegation import RelegatedTurns
 from services.policy.state import Role
 from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import StepShape, StepTimeModel
-from services.policy.token_budget import BudgetPolicy, DecodeLoad, prefill_budget
+from services.policy.token_budget import BudgetPolicy, DecodeLoad, least_gap_s, prefill_budget
 
 CHUNKS_CONSIDERED = 64
 """Requests whose context the budget looks at; more than fit into any step."""
@@ -188,6 +188,7 @@ class Instance:
         partial: list[SimRequest] = []
         context = 0
         bound_s = tightest_s = math.inf
+        least_s = least_gap_s(self.model)
         for request in self.engine.running:
             computed = request.computed_tokens
             if computed < request.input_tokens or computed != request.total_tokens - 1:
@@ -196,6 +197,8 @@ class Instance:
             decodes.append(request)
             context += computed + 1
             tbt_s = request.slo.tbt_s
+            if tbt_s <= least_s:
+                continue
             if tbt_s < tightest_s:
                 tightest_s = tbt_s
             slack_s = request.token_times_s[-1] + tbt_s - now_s
@@ -282,7 +285,9 @@ class Instance:
     def _elastic_cap(self, resident: Resident) -> int:
         """Most resident sequences with which HP keeps its tightest TBT objective."""
         most = self._config.max_num_seqs
-        waiting_s = min((request.slo.tbt_s for request in self.engine.waiting), default=math.inf)
+        least_s = least_gap_s(self.model)
+        objectives_s = [request.slo.tbt_s for request in self.engine.waiting]
+        waiting_s = min([tbt_s for tbt_s in objectives_s if tbt_s > least_s], default=math.inf)
         tbt_s = min(waiting_s, resident.tightest_s)
         if tbt_s == math.inf:
             return most

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.policy.step_time import StepTimeBin, StepTimeModel
+from services.policy.step_time import StepShape, StepTimeBin, StepTimeModel
 
 STATIC, DYNAMIC = "static", "dynamic"
 
@@ -42,6 +42,15 @@ class DecodeLoad:
     decodes: int = 0
     context_tokens: int = 0
     """Sum of their contexts."""
+
+
+def least_gap_s(model: StepTimeModel) -> float:
+    """Return the seconds of a lone decode's step.
+
+    A TBT objective that is not above it is missed in any case, and binds nobody: steps sized for it, or an HP emptied
+    for it, would take the prefill of everybody else.
+    """
+    return model.step_s(StepShape(0, 1))
 
 
 Chunk = tuple[int, int]

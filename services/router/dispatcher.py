@@ -299,10 +299,13 @@ class Dispatcher:
 
     def place_parked(self, why: str) -> None:
         """Place the requests that wait for a worker."""
-        waiting, self._parked = list(self._parked.values()), {}
-        metrics.PARKED.set(0)
-        for parked in waiting:
+        now_s = time.monotonic()
+        for request_id, parked in list(self._parked.items()):
+            if not any(link.takes_requests(now_s) for link in self.links()):
+                break  # a circuit lets one through as a trial: the others wait on
+            del self._parked[request_id]
             self.place(parked.request, "move" if parked.request.moves else "place", why)
+        metrics.PARKED.set(len(self._parked))
 
     def expire_parked(self, now_s: float) -> None:
         """Fail requests that waited too long for a worker."""

@@ -11,6 +11,8 @@ from services.router.config import RouterConfig
 from services.router.decision_log import DecisionLog
 from services.router.request import DecisionRecord, LiveRequest, State
 
+_BY_CLIENT = ("cancelled", "invalid_argument")
+"""Ends that say nothing of an objective: the client asked for it, or for what no engine can do."""
 EXPLAINED_REQUESTS = 2000
 """Ended requests that are remembered."""
 
@@ -41,7 +43,7 @@ class History:
         self.record(request, DecisionRecord(at_s, kind, rule, from_worker_id))
 
     def end(self, request: LiveRequest, outcome: str) -> None:
-        """Remember, count and log how a request ended; "cancelled" says nothing of its objectives."""
+        """Remember, count and log how a request ended, and judge it by its objectives unless its client ended it."""
         spec = request.spec
         metrics.ended(spec.slo_class, bounded(spec.tenant, self._tenants), outcome)
         self._decision_log.write_end(request, outcome, time.monotonic())
@@ -50,7 +52,7 @@ class History:
         self._ended[spec.request_id] = spec.tenant, explanation(request)
         while len(self._ended) > EXPLAINED_REQUESTS:
             self._ended.popitem(last=False)
-        if outcome != "cancelled":
+        if outcome not in _BY_CLIENT:
             self._judge(request, served=request.state is State.FINISHED)
 
     def ended(self, request_id: str) -> tuple[str, cluster_pb2.ExplainResponse] | None:

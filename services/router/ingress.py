@@ -121,7 +121,7 @@ class Ingress:
         traceparent: str,
         trace: RequestTrace | None,
     ) -> LiveRequest:
-        name, slo_class, slo = objective(message, self._config.slo_classes, self._config.tenants)
+        class_name, slo_class, slo = objective(message, self._config.slo_classes, self._config.tenants)
         request_id = message.request_id or f"req-{secrets.token_hex(8)}"
         if request_id in self._dispatcher.live:
             raise _in_use(request_id)
@@ -129,9 +129,9 @@ class Ingress:
         check_ids("tokens.token_ids", prompt, limits)
         sampling = common_pb2.SamplingParameters()
         sampling.CopyFrom(message.sampling)
-        for name, value in self._codec.sampling_defaults.items():
-            if not sampling.HasField(name):
-                setattr(sampling, name, value)
+        for parameter, recommended in self._codec.sampling_defaults.items():
+            if not sampling.HasField(parameter):
+                setattr(sampling, parameter, recommended)
         sampling.max_tokens = token_limits(sampling, len(prompt) // 4, limits)
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(63)
@@ -153,7 +153,7 @@ class Ingress:
             prompt=prompt,
             sampling=sampling,
             slo=slo,
-            slo_class=name,
+            slo_class=class_name,
             priority=message.priority,
             tenant=message.tenant,
             session_id=message.session_id,

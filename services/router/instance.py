@@ -11,7 +11,7 @@ from services.policy.prefix import PrefixIndex
 from services.policy.state import InstanceView, QueuedRequest, Role
 from services.policy.step_time import StepShape, StepTimeModel
 from services.policy.telemetry import INTO_ENGINE_S, note_counted, see_step, share_out_progress
-from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy
+from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy, least_gap_s
 from services.router.request import PREFIX_BLOCK_TOKENS, LiveRequest
 
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
@@ -245,7 +245,8 @@ class Instance:
         view.model = model
         view.hop_s = self.round_trip_s + INTO_ENGINE_S
         view.report_age_s = now_s - self.last_message_s
-        view.min_tbt_s = min(self._decode_tbt_s, default=0.0)
+        least_s = least_gap_s(model)
+        view.min_tbt_s = min((tbt_s for tbt_s in self._decode_tbt_s if tbt_s > least_s), default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)
         sent = [placed.queued for placed in self._queue.values()]
         first_sent_s = next((placed.submitted_s for placed in self._queue.values()), 0.0)

@@ -27,7 +27,7 @@ TENANT_REQUESTS = Counter(
 )
 SLO_JUDGED = Counter(
     "ascendra_router_slo_judged_requests",
-    "Requests judged by their objectives: all that ended but those cancelled.",
+    "Requests judged by their objectives: all that ended but those cancelled or invalid.",
     ["slo_class"],
 )
 SLO_MET = Counter(

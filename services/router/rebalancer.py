@@ -126,6 +126,7 @@ class Rebalancer:
 
     def round(self, now_s: float) -> None:
         """Take one round of decisions."""
+        self._dispatcher.place_parked("a worker takes requests again")
         self._dispatcher.expire_parked(now_s)
         self._dispatcher.end_adrift(now_s)
         self._expire(now_s)

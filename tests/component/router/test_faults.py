@@ -219,7 +219,21 @@ async def test_a_workers_verdict_on_input_is_final(tokenizer_directory: Path) ->
             await router.collect(text_request())
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert caught.value.details() == "sampling.x must be y"
+        status = await router.cluster.GetStatus(cluster_pb2.GetStatusRequest())
+        assert not status.attainment, "it says nothing of what was promised"
     assert len(one.submitted) + len(two.submitted) == 1
+
+
+async def test_a_parked_request_is_served_when_the_circuit_lets_one_through(tokenizer_directory: Path) -> None:
+    """Nobody comes up and nothing else happens: it is placed as soon as the only worker may be tried again."""
+    worker = ScriptedWorker()
+    worker.refuse = (13, "internal error", "INTERNAL")
+    keys = {"breaker_failures": 1, "breaker_open_s": 0.3, "no_worker_wait_s": 10.0}
+    async with cluster(tokenizer_directory, worker, **keys) as router:
+        tasks = [asyncio.create_task(router.collect(text_request(max_tokens=8))) for _ in range(3)]
+        await until(lambda: router.router.pool.links()[0].breaker.tripped)
+        worker.refuse = None
+        assert [one.token_ids for one in await asyncio.wait_for(asyncio.gather(*tasks), 5)] == [EXPECTED[:8]] * 3
 
 
 async def test_time_limits_hold(tokenizer_directory: Path) -> None:

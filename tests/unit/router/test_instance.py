@@ -49,6 +49,18 @@ def test_submissions_count_at_once() -> None:
     assert view.role is Role.LOW
 
 
+def test_an_objective_that_no_step_keeps_binds_no_predicted_step() -> None:
+    """As in the worker's own plan."""
+    worker = instance()
+    for handle, tbt_s in ((1, 0.1), (2, 1e-4)):
+        one = placed(handle)
+        one.request.spec.slo = Slo(ttft_s=1.0, tbt_s=tbt_s)
+        worker.submitted(one)
+        worker.first_token(one)
+    model = StepTimeModel((StepTimeBin(max_tokens=0, a0=0.01),))
+    assert worker.refresh(model, 100.0).min_tbt_s == 0.1
+
+
 def test_other_routers_load_counts() -> None:
     """Queued tokens beyond our own are somebody else's, and ahead."""
     worker = instance()

@@ -1,5 +1,7 @@
 """Step plans: order, budget and admissions from plain state."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.policy.state import QueuedRequest, Slo
@@ -118,6 +120,18 @@ def test_hp_caps_its_residents_by_their_gaps() -> None:
     assert low.admissions == 256 - 20
     assert high.admissions == 0
     assert loose.admissions > 50
+
+
+@pytest.mark.parametrize("role", ["low", "high"])
+def test_an_objective_that_no_step_keeps_binds_nobody(role: str) -> None:
+    """A lone decode takes 15 ms: one that asks for 5 ms, resident or waiting, costs the others nothing."""
+    hopeless = replace(waiting("hopeless"), slo=Slo(ttft_s=1.0, tbt_s=0.005))
+    queue = [waiting(f"w{index}", 2000) for index in range(10)]
+    running = decodes(20, 0.1)
+    plan = planner(role=role).plan(NOW_S, [], queue, running)
+    for other_queue, others in (([*queue, hopeless], running), (queue, [*running[1:], *decodes(1, 0.005)])):
+        changed = planner(role=role).plan(NOW_S, [], other_queue, others)
+        assert (changed.token_budget, changed.admissions) == (plan.token_budget, plan.admissions)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from services.policy.relegation import NONE, RelegatedTurns
 from services.policy.state import QueuedRequest, Role
 from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import StepShape, StepTimeModel
-from services.policy.token_budget import STATIC, BudgetPolicy, DecodeLoad, prefill_budget, step_bound_s
+from services.policy.token_budget import STATIC, BudgetPolicy, DecodeLoad, least_gap_s, prefill_budget, step_bound_s
 from services.worker.engine.settings import PolicySettings
 
 _CHUNKS_CONSIDERED = 64
@@ -123,8 +123,10 @@ class StepPlanner:
             may_pause: outranked prefills may sit the step out.
         """
         load = DecodeLoad(len(decodes), sum([decode[2] for decode in decodes]))
-        tightest_s = min([decode[1] for decode in decodes], default=math.inf)
-        bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in decodes], now_s)
+        least_s = least_gap_s(self.model)
+        binding = [decode for decode in decodes if decode[1] > least_s]
+        tightest_s = min([decode[1] for decode in binding], default=math.inf)
+        bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in binding], now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
         order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self._turns.credit_s)
         pausing = may_pause and self._order.pause_started
@@ -158,7 +160,9 @@ class StepPlanner:
         resident = load.decodes + len(prefills)
         if self.role is not Role.HIGH:
             return max(self._max_num_seqs - resident, 0)
-        waiting_tbt_s = min((request.slo.tbt_s for request in (*prefills, *waiting)), default=math.inf)
+        least_s = least_gap_s(self.model)
+        objectives_s = [request.slo.tbt_s for request in (*prefills, *waiting)]
+        waiting_tbt_s = min([tbt_s for tbt_s in objectives_s if tbt_s > least_s], default=math.inf)
         tbt_s = min(tightest_s, waiting_tbt_s)
         if tbt_s == math.inf:
             return max(self._max_num_seqs - resident, 0)
