@@ -327,11 +327,11 @@ class WaitingSet:
         """Move the requests that no instance by itself could serve in time to the late ones; return them."""
         if self.order.relegation == NONE:
             return []
-        hop_s = min(instance.view.hop_s for instance in pool)
 
         def in_time(request: QueuedRequest) -> bool:
             # Without caution: what only may be late keeps its place, for here is no second chance.
-            return now_s + hop_s + pace.finish_s(pace.remaining_work_s(request)) <= request.deadline_s
+            left_s = request.deadline_s - now_s
+            return any(one.view.hop_s + one.pace.alone_s(request) <= left_s for one in pool)
 
         late_ones = [request for _, request in self._ranked if not in_time(request)]
         late_ones += [request for request in self._new if not in_time(request)]

@@ -144,6 +144,16 @@ def test_who_can_make_it_is_not_relegated() -> None:
     assert (first.request.request_id, second.request.request_id) == ("saved", "lost")
 
 
+def test_an_instance_with_slow_decodes_relegates_nobody() -> None:
+    """It has nothing queued, but beside its decodes no long prompt makes it; on the other one, busy as it is, one may."""
+    slow = view("a", decodes=40, decode_context_tokens=40_000, min_tbt_s=0.03)
+    busy = view("b", queue=[request("x", 5000, ttft_s=0.5)])
+    for views, relegated in (([slow], 1), ([slow, busy], 0)):
+        waiting = WaitingSet(POLICY, OrderPolicy())
+        waiting.add(request("long", 6000, ttft_s=1.0))
+        assert len(waiting.refresh(pool(*views), 0.0)) == relegated
+
+
 def test_an_overdue_relegated_request_gets_its_turn() -> None:
     """With credit it goes ahead of those that can make it."""
     order = OrderPolicy(relegated_after_s=5.0)
