@@ -145,7 +145,7 @@ def test_who_can_make_it_is_not_relegated() -> None:
 
 
 def test_an_instance_with_slow_decodes_relegates_nobody() -> None:
-    """It has nothing queued, but beside its decodes no long prompt makes it; on the other one, busy as it is, one may."""
+    """It has nothing queued, but beside its decodes no long prompt makes it; on the busy one, one may."""
     slow = view("a", decodes=40, decode_context_tokens=40_000, min_tbt_s=0.03)
     busy = view("b", queue=[request("x", 5000, ttft_s=0.5)])
     for views, relegated in (([slow], 1), ([slow, busy], 0)):
