@@ -265,13 +265,12 @@ class WaitingSet:
         for _, request in list(self._ranked):
             if request.request_id not in given_up:
                 yield request, "first in the order"
-        if any(request.request_id not in given_up for _, request in self._ranked):
-            return
-        # Given up for others that are gone by now, and still in time; then those that are not.
-        for _, request in list(self._ranked):
-            yield request, "given up for others that are gone"
+        if all(request.request_id in given_up for _, request in self._ranked):
+            # For others that are gone by now, and still in time.
+            for _, request in list(self._ranked):
+                yield request, "given up for others that are gone"
         for request in list(self._late):
-            yield request, "relegated; nobody else waits"
+            yield request, "relegated; there is room behind all others"
 
     def _where_known(
         self, request: QueuedRequest, instance: Instance, open_: Sequence[Instance], round_: "_Round"
