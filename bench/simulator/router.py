@@ -229,7 +229,7 @@ class PlacingRouter:
                     self._offloads += 1
                     self._urgent_work_s += target.pace.work_s(request.prompt_tokens)
                 self._move(request, there, target)
-            elif decision.action is OffloadAction.RELEGATE:
+            elif decision.action is OffloadAction.RELEGATE and not request.relegated:
                 request.decided_s = now_s
                 self._unsaved += 1
 

@@ -126,6 +126,6 @@ def decide_offload(
     if safe:
         reason = "would miss here and makes it there" if at_risk else "latest useful moment to move"
         return decision(OffloadAction.OFFLOAD, reason)
-    if misses and not request.relegated:
+    if misses:
         return decision(OffloadAction.RELEGATE, "no instance makes its objective")
-    return decision(OffloadAction.STAY, "no instance can save it" if misses else "at risk here, not safe elsewhere")
+    return decision(OffloadAction.STAY, "at risk here, not safe elsewhere")

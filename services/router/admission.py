@@ -47,6 +47,8 @@ class Admission:
         links = [link for link in self._links() if link.takes_requests(now_s)]
         if not links:
             return  # it waits for a worker, for a while
+        if request.has_tokens:
+            return  # a stream that goes on was let in before, and is served before all that waits
         queued = request.queued()
         estimates = []
         waiting = held

@@ -5,8 +5,9 @@ report as queued; what two routers commit to one worker at the same time, its en
 """
 
 import asyncio
+import heapq
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ascendra.v1 import cluster_pb2, common_pb2
@@ -27,6 +28,8 @@ from services.router.worker_link import WorkerLink
 
 log = get_logger()
 
+_SHOWN = 16
+"""Most workers that a decision shows: it is kept as long as its request lives."""
 _STALE_S = 1.0
 """A worker that has said nothing for longer draws only when there is no other."""
 _SHORT_ROUND_S = 0.001
@@ -142,7 +145,7 @@ class Binder:
         self,
         binding: Binding,
         links: Mapping[str, WorkerLink],
-        pool: Iterable[Committed],
+        pool: Sequence[Committed],
         ahead_s: dict[str, float],
         now_s: float,
     ) -> None:
@@ -152,7 +155,9 @@ class Binder:
         work_s = 0.0
         candidates = []
         age_s = now_s - request.arrival_s
-        for one in pool:
+        least_busy = heapq.nsmallest(_SHOWN - 1, pool, key=lambda one: ahead_s[one.view.worker_id])
+        chosen = [one for one in pool if one.view.worker_id == binding.worker_id]
+        for one in {one.view.worker_id: one for one in (*chosen, *least_busy)}.values():
             worker_id, pace = one.view.worker_id, one.pace
             own_s = newcomer_work_s(one.view, pace, queued)
             ttft_s = one.view.hop_s + pace.finish_s(ahead_s[worker_id] + own_s)

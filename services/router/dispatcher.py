@@ -226,6 +226,7 @@ class Dispatcher:
         # It may be expected there: its old worker failed it while it was asked back for a move.
         link.instance.expect_no_more(request.spec.request_id)
         queued = request.queued(urgent=urgent, ticketed=ticketed)
+        queued.relegated = relegated
         if request.has_tokens:
             request.moved_by(MoveMethod.KV if kv_handle else MoveMethod.REPLAY)
         if kv_handle:

@@ -150,7 +150,7 @@ class Instance:
 
     def heartbeat(self, beat: worker_pb2.Heartbeat, now_s: float) -> None:
         """Take in that nothing happened."""
-        if beat.steps != self.steps or not (beat.waiting or beat.running):
+        if beat.steps != self.steps or not (beat.waiting or beat.running or self._queue):
             self.steps, self.steps_changed_s = beat.steps, now_s
         self.waiting, self.running, self.kv_usage = beat.waiting, beat.running, beat.kv_usage
         if not beat.running:
@@ -169,7 +169,12 @@ class Instance:
         return self._any_step_s if self.running else 0.0
 
     def stall_limit_s(self, now_s: float, stall_s: float, unknown_s: float) -> float:
-        """Return how long its steps may stand still with work queued: longer than a step in progress may take."""
+        """Return how long its steps may stand still with work queued: longer than a step in progress may take.
+
+        An engine that says it is idle may not have got what was sent to it: a constraint is parsed before.
+        """
+        if not (self.running or self.waiting):
+            return max(stall_s, unknown_s)
         view = self.view
         longest = StepShape(view.max_num_batched_tokens, view.decodes, view.decode_context_tokens)
         predicted_s = view.model.step_s(longest)

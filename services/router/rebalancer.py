@@ -201,8 +201,9 @@ class Rebalancer:
                 numbers = (predicted.mean_s, predicted.wait_s)
                 leaving.append(Transfer(placed, kind, decision.reason, target, numbers, shown))
             elif decision.action is OffloadAction.RELEGATE:
-                placed.decided_s = now_s
-                self.unsaved += 1
+                if not queued.relegated:  # its engine may have given it up before
+                    placed.decided_s = now_s
+                    self.unsaved += 1
                 if placed.request.spec.refuse_hopeless:
                     best_s = min([estimate.mean_s, *(c.estimate.mean_s for c in candidates)])
                     delay_s = retry_delay_s(best_s, queued.slo)

@@ -374,7 +374,6 @@ class LiveRequest:
             priority=self.spec.priority,
             urgent=urgent,
             ticketed=ticketed,
-            relegated=self.relegated,
             hops=self.hops,
             last_token_s=self.last_token_s,
         )

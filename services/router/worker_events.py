@@ -128,12 +128,12 @@ class WorkerEvents:
         request = placed.request
         self._mover.on_let_go(link, [failed.handle])
         self._dispatcher.detach(request)
+        if failed.code != _INVALID_ARGUMENT and failed.reason not in _NOT_ITS_FAULT:
+            link.breaker.failed(time.monotonic())  # before it is forgotten: it may be the trial of an open circuit
         link.forget(placed)
         if failed.code == _INVALID_ARGUMENT:
             self._dispatcher.fail(request, InvalidArgument(failed.message, reason=failed.reason or None))
             return
-        if failed.reason not in _NOT_ITS_FAULT:
-            link.breaker.failed(time.monotonic())
         cause = "drain" if failed.reason == "DRAINING" else "request_failed"
         self._dispatcher.move(request, link, f"{failed.reason or failed.code}: {failed.message}", cause)
 

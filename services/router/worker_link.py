@@ -311,10 +311,10 @@ class WorkerLink:
         self.welcome = None
         if was_up:
             orphans = list(self.placed.values())
+            if self._sever or orphans:
+                self.breaker.failed(time.monotonic())  # before they are forgotten: one may be the trial of a circuit
             for placed in orphans:
                 self.forget(placed)
-            if self._sever or orphans:
-                self.breaker.failed(time.monotonic())
             self._events.on_down(self, orphans, why)
         return was_up
 

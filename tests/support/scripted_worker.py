@@ -38,6 +38,7 @@ class ScriptedWorker:
         ignore_cancel: Cancel is not acknowledged.
         top_logprobs: every token comes with so many log-probabilities.
         refuse: answer every Submit with RequestFailed of this (code, message, reason).
+        drop_on_submit: every Submit ends the stream, as when the worker dies of it.
         fails_withdrawals: requests that are asked back fail instead, as when the engine dies meanwhile.
         ignore_export: ExportKv is not answered.
         refuse_export: answer every ExportKv with this reason.
@@ -72,6 +73,7 @@ class ScriptedWorker:
         self.ignore_cancel = False
         self.top_logprobs = 0
         self.refuse: tuple[int, str, str] | None = None
+        self.drop_on_submit = False
         self.fails_withdrawals = False
         self.ignore_export = False
         self.refuse_export = ""
@@ -183,6 +185,9 @@ class ScriptedWorker:
 
     def _submit(self, submit: worker_pb2.Submit) -> None:
         self.submitted.append(submit)
+        if self.drop_on_submit:
+            self.drop_stream()
+            return
         if self.refuse is not None:
             code, message, reason = self.refuse
             failed = worker_pb2.RequestFailed(handle=submit.handle, code=code, message=message, reason=reason)

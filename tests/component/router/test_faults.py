@@ -210,6 +210,20 @@ async def test_a_worker_that_refuses_is_avoided(tokenizer_directory: Path) -> No
     assert health == {"a": cluster_pb2.WORKER_HEALTH_TRIPPED, "b": cluster_pb2.WORKER_HEALTH_READY}
 
 
+@pytest.mark.parametrize("drops", [False, True])
+async def test_a_trial_that_fails_opens_the_circuit_for_longer(tokenizer_directory: Path, drops: bool) -> None:
+    """Whether it refuses or dies: one request is tried, then none for twice the pause."""
+    bad, good = ScriptedWorker("a"), ScriptedWorker("b")
+    bad.refuse = None if drops else (13, "internal error", "INTERNAL")
+    bad.drop_on_submit = drops
+    keys = {"placement": "round_robin", "breaker_failures": 1, "breaker_open_s": 0.2}
+    async with cluster(tokenizer_directory, bad, good, **keys) as router:
+        until_s = asyncio.get_running_loop().time() + 1.3
+        while asyncio.get_running_loop().time() < until_s:
+            assert (await router.collect(text_request(max_tokens=2))).token_ids == EXPECTED[:2]
+    assert 2 <= len(bad.submitted) <= 4
+
+
 async def test_a_workers_verdict_on_input_is_final(tokenizer_directory: Path) -> None:
     """INVALID_ARGUMENT from the engine reaches the client and is not tried elsewhere."""
     one, two = ScriptedWorker("a"), ScriptedWorker("b")
@@ -346,6 +360,23 @@ async def test_refusal_when_nobody_can_make_it(tokenizer_directory: Path) -> Non
         worker.hold = False
         await served
         await asyncio.gather(*backlog)
+
+
+@pytest.mark.parametrize("relegated", [False, True])
+async def test_a_refusal_was_asked_for_whoever_gives_up_first(tokenizer_directory: Path, relegated: bool) -> None:
+    """It waits beyond its objective: it is refused, also where its engine gave it up before the router looked."""
+    worker = ScriptedWorker()
+    worker.hold = True
+    async with cluster(tokenizer_directory, worker) as router:
+        asked = text_request("word " * 100, on_overload=inference_pb2.OVERLOAD_ACTION_REFUSE)
+        asked.slo.ttft_ms = 1000
+        task = asyncio.create_task(router.collect(asked))
+        await until(lambda: len(worker.submitted) == 1)
+        if relegated:
+            worker.send_step(relegated_handles=[worker.submitted[0].handle])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(task, 5)
+        assert status_of(caught.value)[1] == "OVERLOADED"
 
 
 async def test_unacknowledged_cancellations_are_noticed(tokenizer_directory: Path) -> None:

@@ -127,6 +127,31 @@ async def test_a_stream_resumes_through_another_router(worker: ScriptedWorker, t
             assert rest.finished.receipt.seed == whole.finished.receipt.seed
 
 
+async def test_a_stream_that_goes_on_is_no_newcomer(worker: ScriptedWorker, tokenizer_directory: Path) -> None:
+    """Its worker is busy beyond its objective, and it asked to be refused then: it was let in before."""
+    async with local_router(tokenizer_directory, [worker.address]) as first:
+        await first.attached(1)
+        whole = await first.collect(text_request(max_tokens=40))
+    async with local_router(tokenizer_directory, [worker.address]) as second:
+        await second.attached(1)
+        worker.hold = True
+        backlog = [asyncio.create_task(second.collect(text_request("word " * 350, max_tokens=2))) for _ in range(20)]
+        await until(lambda: len(worker.submitted) == 21)
+        resumed = text_request(max_tokens=40, on_overload=inference_pb2.OVERLOAD_ACTION_REFUSE)
+        resumed.slo.ttft_ms = 50
+        ids = np.asarray(whole.token_ids[:7], dtype="<u4").tobytes()
+        resumed.resume.CopyFrom(inference_pb2.Resume(cursor=whole.accepted.resume_cursor, token_ids=ids))
+        rest = Collected()
+        rest.token_ids = whole.token_ids[:7]
+        going_on = second.inference.Generate(resumed)
+        await until(lambda: len(worker.submitted) == 22)
+        worker.hold = False
+        async for response in going_on:
+            rest.add(response)
+        assert rest.token_ids == whole.token_ids
+        await asyncio.gather(*backlog)
+
+
 async def test_a_foreign_cursor_is_refused(router: LocalRouter) -> None:
     """A cursor of another prompt, or of nothing, names itself."""
     done = await router.collect(text_request(max_tokens=3))

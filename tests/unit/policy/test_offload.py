@@ -36,7 +36,7 @@ def waiting(**changes: object) -> QueuedRequest:
         (2.0, 0.1, 0.0, {}, OffloadAction.OFFLOAD, "would miss here and makes it there"),
         (0.98, 0.1, 0.0, {}, OffloadAction.OFFLOAD, "would miss here and makes it there"),
         (2.0, 1.5, 0.0, {}, OffloadAction.RELEGATE, "no instance makes its objective"),
-        (2.0, 1.5, 0.0, {"relegated": True}, OffloadAction.STAY, "no instance can save it"),
+        (2.0, 1.5, 0.0, {"relegated": True}, OffloadAction.RELEGATE, "no instance makes its objective"),
         (0.98, 1.5, 0.0, {}, OffloadAction.STAY, "at risk here, not safe elsewhere"),
         (2.0, 0.1, 0.0, {"hops": 1}, OffloadAction.STAY, "hop limit reached"),
         (2.0, 0.1, 0.0, {"started": True}, OffloadAction.STAY, "its prefill has started"),

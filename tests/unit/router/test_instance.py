@@ -249,3 +249,17 @@ def test_a_worker_that_starts_anew_or_caches_nothing_is_expected_to_hold_nothing
         assert worker.view.cached_tokens(request.queued) == before
         worker.submitted(request)
         assert worker.view.cached_tokens(request.queued) == after
+
+
+def test_an_engine_that_hangs_while_idle_is_noticed() -> None:
+    """Its heartbeats say that nothing is there, but a request was sent and no step follows: it has a while to begin."""
+    worker = instance()
+    for step in range(1, 100):
+        worker.telemetry(telemetry(step=step, step_s=0.01), 100.0 + step / 100)
+    worker.heartbeat(worker_pb2.Heartbeat(steps=99), 200.0)
+    worker.submitted(placed(1, submitted_s=200.0))
+    for second in range(16):
+        worker.heartbeat(worker_pb2.Heartbeat(steps=99), 200.0 + second)
+        limit_s = worker.stall_limit_s(200.0 + second, 0.9, 15.0)
+        assert not worker.stalled(200.0 + second, limit_s)
+    assert worker.stalled(215.5, worker.stall_limit_s(215.5, 0.9, 15.0))
