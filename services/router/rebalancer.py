@@ -4,6 +4,7 @@ Every such move is two-phase: withdraw, wait until the worker says that the requ
 """
 
 import asyncio
+import heapq
 import math
 import time
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ class Transfer:
     """When the withdrawal is given up."""
 
 
+MOST_TARGETS = 16
+"""Most workers that one round looks at as targets."""
+
+
 @dataclass(slots=True)
 class _Queue:
     """A worker's waiting requests in the order of its engine."""
@@ -72,19 +77,27 @@ class _Targets:
         self._dispatcher = dispatcher
         self._now_s = now_s
         self._ahead: dict[str, Ahead] = {}
+        self._near: list[WorkerLink] | None = None
+        """The least busy ones: a round must not cost (those at risk x all workers)."""
 
     def candidates(self, queued: QueuedRequest, home: WorkerLink) -> list[OffloadCandidate]:
         """Return the workers that a request may move to: HP by offload, others by rescue."""
         config = self._dispatcher.config
         return [
-            OffloadCandidate(worker_id, self._of(link).estimate(queued))
-            for worker_id, link in self.links.items()
+            OffloadCandidate(link.worker_id, self._of(link).estimate(queued))
+            for link in self._nearest()
             if link is not home and (config.offload if link.instance.view.role is Role.HIGH else config.rescue)
         ]
 
+    def _nearest(self) -> list[WorkerLink]:
+        if self._near is None:
+            # One of them may be a request's home.
+            self._near = heapq.nsmallest(MOST_TARGETS + 1, self.links.values(), key=lambda link: self._of(link).work_s)
+        return self._near
+
     def best_s(self, queued: QueuedRequest) -> float:
         """Return the seconds to a request's first token if it came anew; infinite when nobody takes requests."""
-        return min((self._of(link).estimate(queued).mean_s for link in self.links.values()), default=math.inf)
+        return min((self._of(link).estimate(queued).mean_s for link in self._nearest()), default=math.inf)
 
     def take(self, queued: QueuedRequest, target: WorkerLink) -> TtftEstimate:
         """Count a request that goes there from now on, and return its prediction."""
@@ -191,6 +204,8 @@ class Rebalancer:
                 continue
             if not is_at_risk(queued, estimate, now_s, step_s, hop_s, policy):
                 continue
+            if queued.hops >= policy.hop_limit or now_s - placed.decided_s < policy.settle_s:
+                continue  # it stays: nobody needs to be predicted for that
             candidates = targets.candidates(queued, queue.link)
             decision = decide_offload(queued, estimate, candidates, now_s, step_s, policy, placed.decided_s)
             if decision.action is OffloadAction.OFFLOAD and decision.target is not None:

@@ -1,6 +1,7 @@
 """Moves running streams away from workers that are about to break their cadence; services.policy.relief decides."""
 
 import asyncio
+import heapq
 import math
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from services.router import metrics
 from services.router.dispatcher import Dispatcher
 from services.router.instance import Placed
 from services.router.mover import MovePlan, Mover
+from services.router.rebalancer import MOST_TARGETS
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
@@ -43,13 +45,21 @@ class StreamRelief:
         """Move the streams for which it is worth it."""
         links = {link.worker_id: link for link in self._dispatcher.links() if link.attached}
         self._ledger.forget(links)
+        gaps_s: dict[str, float] = {}
+        unsteady = []
         for link in links.values():
             streams = _running(link)
             home = self._cadence(link, now_s)
-            gap_s = home.gap_s() if streams else 0.0
+            gap_s = gaps_s[link.worker_id] = home.gap_s()
             breaks = any(stream.tbt_s < gap_s for stream in streams.values())
             if self._ledger.breaking(link.worker_id, breaks, now_s):
-                others = {name: other for name, other in links.items() if other is not link}
+                unsteady.append((link, home, streams))
+        if unsteady:
+            takers = [link for link in links.values() if link.takes_requests(now_s)]
+            # One of them may be the home; a round must not cost (unsteady workers x all workers).
+            steadiest = heapq.nsmallest(MOST_TARGETS + 1, takers, key=lambda link: gaps_s[link.worker_id])
+            for link, home, streams in unsteady:
+                others = {other.worker_id: other for other in steadiest if other is not link}
                 self._relieve(link, home, streams, others, now_s)
 
     def _relieve(
