@@ -36,6 +36,8 @@ class RequestRecord:
     slo_class: str = ""
     relegated: bool = False
     """It lost its priority at some time; it was still served."""
+    why: str = ""
+    """What its caller was told when it was refused or failed."""
 
     @property
     def ttft_s(self) -> float:

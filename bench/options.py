@@ -1,9 +1,11 @@
 """Command-line options that the simulator's commands share."""
 
 import argparse
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,14 +52,38 @@ class Setting:
         )
 
 
-def add_setting_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `setting_from` reads."""
+@contextlib.contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Exit with a message when an option makes no sense or a file cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def at_least(least: float, **options: float) -> None:
+    """Raise ValueError, with the flag's name, for an option that is below a bound or not finite."""
+    for name, value in options.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and at least {least:g}, got {value:g}")
+
+
+def above_zero(**options: float) -> None:
+    """Raise ValueError, with the flag's name, for an option that is not finite and above 0."""
+    for name, value in options.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and above 0, got {value:g}")
+
+
+def add_setting_options(parser: argparse.ArgumentParser, *, instances: bool = True) -> None:
+    """Add the options that `setting_from` reads; without --instances where the command finds their number."""
     parser.add_argument("--trace", type=Path, required=True, help="trace file; formats: see bench/workloads.py")
     parser.add_argument("--arrivals", default="poisson", help="poisson, gamma:<cv> or trace (default: %(default)s)")
     parser.add_argument(
         "--slo", default="1000/100", help="A, B, C, B/<tbt ms> or <ttft ms>/<tbt ms> (default: %(default)s)"
     )
-    parser.add_argument("--instances", type=int, default=8, help="default: %(default)s")
+    if instances:
+        parser.add_argument("--instances", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--requests", type=int, default=0, help="per run; default: 4000, or the whole trace in its time"
     )
@@ -83,15 +109,13 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def setting_from(args: argparse.Namespace) -> Setting:
     """Build a setting; exits with a message when an option makes no sense."""
-    try:
+    with mistakes_in_one_line():
         trace = load_trace(args.trace)
-        cluster = cluster_for(trace, cluster_from(args, args.instances))
+        cluster = cluster_for(trace, cluster_from(args, getattr(args, "instances", 1)))
         requests = args.requests or (len(trace) if args.arrivals == "trace" else 4000)
         classes = slo_set(args.slo, UnloadedTtft(cluster.believed))
         setting = Setting(trace, args.arrivals, requests, classes, cluster)
         setting.workload(1.0, 0)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     return setting
 
 
@@ -102,6 +126,9 @@ def cluster_from(args: argparse.Namespace, instances: int) -> ClusterConfig:
         OSError: the step-time model is neither known nor a readable file.
         ValueError: an option makes no sense.
     """
+    at_least(1, instances=instances, kv_tokens=args.kv_tokens, max_num_seqs=args.max_num_seqs)
+    at_least(0, jitter=args.jitter, overhead_ms=args.overhead_ms, hop_ms=args.hop_ms, staleness_ms=args.staleness_ms)
+    above_zero(bias=args.bias)
     model = load_profile(args.profile)
     return ClusterConfig(
         instances=instances,

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from bench.capacity import first_guess_rps
 from bench.metrics import attains
-from bench.options import WARMUP_SHARE, Setting, add_setting_options, setting_from, systems_from
+from bench.options import (
+    WARMUP_SHARE,
+    Setting,
+    above_zero,
+    add_setting_options,
+    at_least,
+    mistakes_in_one_line,
+    setting_from,
+    systems_from,
+)
 from bench.result_files import provenance, write_result
 from bench.simulator.systems import System, simulate, system_named
 
@@ -90,7 +99,7 @@ def make_plan(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description="Size a cluster by simulation.")
-    add_setting_options(parser)
+    add_setting_options(parser, instances=False)
     parser.add_argument("--policy", default="ascendra", help="default: %(default)s")
     parser.add_argument("--rate", type=float, required=True, help="requests per second to serve")
     parser.add_argument("--target", type=float, default=0.99, help="joint attainment (default: %(default)s)")
@@ -98,8 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-instances", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file for the plan")
     args = parser.parse_args(argv)
-    if args.rate <= 0 or not 0 < args.target < 1 or args.seeds < 1:
-        parser.error("--rate and --seeds must be positive and --target between 0 and 1")
+    with mistakes_in_one_line():
+        above_zero(rate=args.rate)
+        at_least(1, seeds=args.seeds, max_instances=args.max_instances)
+        if not 0 < args.target < 1:
+            raise ValueError(f"--target must be between 0 and 1, got {args.target:g}")
     setting = setting_from(args)
     (name,) = systems_from(args.policy)[:1]
     plan, tried = make_plan(setting, system_named(name), args.rate, args.target, args.seeds, args.max_instances)

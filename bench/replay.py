@@ -11,7 +11,6 @@ import enum
 import json
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.metrics import Outcome, RequestRecord, meets_tbt, meets_ttft
-from bench.options import add_cluster_options, cluster_from, systems_from
+from bench.options import add_cluster_options, cluster_from, mistakes_in_one_line, systems_from
 from bench.result_files import provenance, write_result
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.systems import System, simulate, system_named
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("logs", type=Path, nargs="+", metavar="DECISION_LOG", help="of the routers of one host")
     parser.add_argument("--policy", required=True, help="system to decide with")
     parser.add_argument("--recorded-policy", default="ascendra", help="system that was recorded (default: %(default)s)")
-    parser.add_argument("--instances", type=int, default=0, help="default: the workers that the log names")
+    parser.add_argument("--instances", type=int, help="default: the workers that the log names")
     parser.add_argument("--hp", type=int, default=-1, help="HP instances of systems with a split (default: theirs)")
     parser.add_argument("--seed", type=int, default=1, help="of the simulated jitter (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, help="changed requests to print (default: %(default)s)")
@@ -252,13 +251,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_cluster_options(parser)
     args = parser.parse_args(argv)
     same_name, other_name = systems_from(args.recorded_policy)[0], systems_from(args.policy)[0]
-    try:
+    with mistakes_in_one_line():
         recording = read_logs(args.logs)
-        config = replace(cluster_from(args, args.instances or recording.workers), seed=args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    if config.instances < 1 or args.hp >= config.instances:
-        sys.exit("error: the log names no workers; give --instances (and --hp below it)")
+        instances = recording.workers if args.instances is None else args.instances
+        if args.instances is None and not instances:
+            raise ValueError("the log names no workers; give --instances")
+        config = replace(cluster_from(args, instances), seed=args.seed)
+        if args.hp >= instances:
+            raise ValueError(f"--hp must be below the number of instances, {instances}, got {args.hp}")
     same, other = (replay(recording, _with_hp(system_named(name), args.hp), config) for name in (same_name, other_name))
     compared = [name for name, kind in recording.verdicts.items() if kind is not Verdict.CANCELLED]
     counts = {

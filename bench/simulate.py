@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.metrics import Report, RequestRecord, summarize
-from bench.options import WARMUP_SHARE, add_setting_options, setting_from, systems_from
+from bench.options import (
+    WARMUP_SHARE,
+    above_zero,
+    add_setting_options,
+    mistakes_in_one_line,
+    setting_from,
+    systems_from,
+)
 from bench.result_files import provenance, write_result
 from bench.simulator.systems import SYSTEMS, simulate, system_named
 
@@ -67,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the report")
     parser.add_argument("--plot", type=Path, help="PNG of every request")
     args = parser.parse_args(argv)
+    with mistakes_in_one_line():
+        above_zero(rate=args.rate)
     setting = setting_from(args)
     (name,) = systems_from(args.policy)[:1]
-    if args.rate <= 0:
-        parser.error("--rate must be positive")
     workload = setting.workload(args.rate, args.seed)
     started = time.perf_counter()
     run = simulate(system_named(name), workload, replace(setting.cluster, seed=args.seed))

@@ -13,7 +13,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -80,17 +82,10 @@ def load_trace(path: Path | str) -> list[TraceRow]:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    with _open_text(path) as lines:
-        header = lines.readline().strip()
-        reader = _reader_of(header)
-        if reader is None:
-            raise TraceFormatError(f"{path}: line 1: no known trace format starts with {header[:80]!r}")
-        rows = []
-        for number, row in _numbered(reader, header, lines, path):
-            if row.prompt_tokens < 1 or row.output_tokens < 0:
-                raise TraceFormatError(f"{path}: line {number}: a request needs at least one prompt token")
-            # Some published rows ask for no output; a server always answers with one token or none worth timing.
-            rows.append(row if row.output_tokens else TraceRow(row.time_s, row.prompt_tokens, 1, row.prefix_hashes))
+    try:
+        rows = _read_rows(path)
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        raise TraceFormatError(f"{path}: {error}") from error
     if not rows:
         raise TraceFormatError(f"{path}: no requests")
     if any(row.time_s is None for row in rows):
@@ -98,6 +93,23 @@ def load_trace(path: Path | str) -> list[TraceRow]:
     rows.sort(key=_time_of)
     start_s = _time_of(rows[0])
     return [TraceRow(_time_of(r) - start_s, r.prompt_tokens, r.output_tokens, r.prefix_hashes) for r in rows]
+
+
+def _read_rows(path: Path) -> list[TraceRow]:
+    rows = []
+    with _open_text(path) as lines:
+        header = lines.readline().strip()
+        reader = _reader_of(header)
+        if reader is None:
+            raise TraceFormatError(f"{path}: line 1: no known trace format starts with {header[:80]!r}")
+        for number, row in _numbered(reader, header, lines, path):
+            if row.prompt_tokens < 1 or row.output_tokens < 0:
+                raise TraceFormatError(f"{path}: line {number}: a request needs at least one prompt token")
+            if row.time_s is not None and not math.isfinite(row.time_s):
+                raise TraceFormatError(f"{path}: line {number}: a time must be finite")
+            # Some published rows ask for no output; a server always answers with one token or none worth timing.
+            rows.append(row if row.output_tokens else TraceRow(row.time_s, row.prompt_tokens, 1, row.prefix_hashes))
+    return rows
 
 
 def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClass, ...]:
@@ -109,7 +121,7 @@ def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClas
         unloaded_ttft_s: TTFT of a prompt of that many tokens on an idle instance; used by `B`.
 
     Raises:
-        ValueError: an unknown name or objectives that are not positive.
+        ValueError: an unknown name or objectives that are not finite and above 0.
     """
     match name.upper():
         case "A":
@@ -123,8 +135,8 @@ def slo_set(name: str, unloaded_ttft_s: Callable[[int], float]) -> tuple[SloClas
         ttft_ms, tbt_ms = (float(part) for part in (f"200/{name[2:]}" if by_length else name).split("/"))
     except ValueError:
         raise ValueError(f"SLO set {name!r}: expected A, B, C, B/<tbt_ms> or <ttft_ms>/<tbt_ms>") from None
-    if min(ttft_ms, tbt_ms) <= 0:
-        raise ValueError(f"SLO set {name!r}: objectives must be positive")
+    if not all(0 < objective_ms < math.inf for objective_ms in (ttft_ms, tbt_ms)):
+        raise ValueError(f"SLO set {name!r}: objectives must be finite and above 0")
     if by_length:
         return (SloClass(name, ttft_ms / 1e3, tbt_ms / 1e3, per_unloaded_ttft=5.0, unloaded_ttft_s=unloaded_ttft_s),)
     return (SloClass(name, ttft_ms / 1e3, tbt_ms / 1e3),)
@@ -153,10 +165,13 @@ def make_workload(
         seed: of every draw; gaps and lengths at one seed are the same at every rate, only time is stretched.
 
     Raises:
-        ValueError: unknown arrivals, rate or count that is not positive, timestamps asked of a trace without.
+        ValueError: unknown arrivals, a rate that is not finite and above 0, no requests, timestamps asked of a trace
+            without.
     """
-    if rate_rps <= 0 or requests < 1:
-        raise ValueError("rate_rps and requests must be positive")
+    if not 0 < rate_rps < math.inf:
+        raise ValueError(f"the rate must be finite and above 0, got {rate_rps:g}")
+    if requests < 1:
+        raise ValueError(f"there must be at least 1 request, got {requests}")
     # Separate streams, so that what one draws never shifts another.
     rows_rng, gaps_rng, class_rng = (random.Random(f"{seed}:{stream}") for stream in ("rows", "gaps", "classes"))
     if arrivals == "trace":
@@ -190,8 +205,8 @@ def _renewal_times(arrivals: str, requests: int, rate_rps: float, rng: random.Ra
             raise ValueError(f"arrivals {arrivals!r}: expected gamma:<cv>") from None
     else:
         raise ValueError(f"arrivals {arrivals!r}: expected poisson, gamma:<cv> or trace")
-    if cv <= 0:
-        raise ValueError(f"arrivals {arrivals!r}: cv must be positive")
+    if not 0 < cv < math.inf:
+        raise ValueError(f"arrivals {arrivals!r}: cv must be finite and above 0")
     shape = 1 / cv**2
     times = []
     now_s = 0.0
@@ -248,7 +263,7 @@ def _numbered(reader: Reader, header: str, lines: Iterable[str], path: Path) -> 
             row = next(rows)
         except StopIteration:
             return
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise TraceFormatError(f"{path}: row {number}: {error}") from error
         yield number, row
 
@@ -294,5 +309,8 @@ def _mooncake(header: str, lines: Iterable[str]) -> Iterator[TraceRow]:
         if line.strip():
             row = json.loads(line)
             yield TraceRow(
-                row["timestamp"] / 1e3, row["input_length"], row["output_length"], tuple(row.get("hash_ids", ()))
+                row["timestamp"] / 1e3,
+                int(row["input_length"]),
+                int(row["output_length"]),
+                tuple(row.get("hash_ids", ())),
             )

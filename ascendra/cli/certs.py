@@ -38,6 +38,11 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help="further DNS name or address in every certificate, beside its NAME, localhost and the loopback addresses",
     )
+    certs.add_argument(
+        "--folders",
+        action="store_true",
+        help="put every certificate into a folder of its NAME, with a copy of ca.crt: what a container may see",
+    )
     certs.add_argument("--days", type=float, metavar="D", default=90.0, help="validity in days (default: %(default)s)")
     certs.set_defaults(run=run_certs)
 
@@ -47,7 +52,8 @@ def run_certs(arguments: argparse.Namespace) -> int:
     try:
         authority = Authority.load_or_make(arguments.out)
         for name in arguments.name or NAMES:
-            authority.issue(name, hosts=arguments.host, valid_for=timedelta(days=arguments.days))
+            folder = authority.folder_of(name) if arguments.folders else None
+            authority.issue(name, folder, hosts=arguments.host, valid_for=timedelta(days=arguments.days))
     except ImportError as error:
         raise CliError("this command needs the cryptography package", hint="pip install cryptography") from error
     except (OSError, ValueError) as error:
@@ -91,8 +97,31 @@ class Authority:
         _write_pair(folder, "ca", certificate, key)
         return cls(folder, certificate, key)
 
-    def issue(self, name: str, *, hosts: Sequence[str] = (), valid_for: timedelta = timedelta(days=90)) -> None:
-        """Write NAME.crt and NAME.key for server and client use; a negative validity makes an expired one."""
+    def folder_of(self, name: str) -> Path:
+        """Return the folder of one name, made when there is none, with a copy of the authority's certificate."""
+        from cryptography.hazmat.primitives import serialization
+
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)  # a container's user is another one
+        _replace(folder / "ca.crt", self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        return folder
+
+    def issue(
+        self,
+        name: str,
+        folder: Path | None = None,
+        *,
+        hosts: Sequence[str] = (),
+        valid_for: timedelta = timedelta(days=90),
+    ) -> None:
+        """Write NAME.crt and NAME.key for server and client use.
+
+        Args:
+            folder: where to; None: beside the authority.
+            hosts: names and addresses beside NAME and those of this machine.
+            valid_for: a negative one makes an expired certificate.
+        """
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -109,7 +138,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .sign(self.key, hashes.SHA256())
         )
-        _write_pair(self.folder, name, certificate, key)
+        _write_pair(folder or self.folder, name, certificate, key)
 
 
 def _builder(
@@ -144,6 +173,7 @@ def _replace(file: Path, content: bytes, mode: int) -> None:
     """Write a file so that its readers see the old content or the new one."""
     beside = file.with_name(f".{file.name}.new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    os.fchmod(descriptor, mode)  # whatever the umask: others read certificates, nobody else a key
     with open(descriptor, "wb") as writer:
         writer.write(content)
     beside.replace(file)

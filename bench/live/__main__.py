@@ -10,26 +10,27 @@ import argparse
 import asyncio
 import statistics
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ascendra import AsyncClient
+from ascendra import AscendraError, AsyncClient
 from bench.live.cpu import CpuWatch
-from bench.live.load import run_load
+from bench.live.load import outcomes, run_load
 from bench.live.results import ResultFile
 from bench.live.systems import SYSTEMS, TABLE, Workers, running_system
-from bench.live.targets import Target, ascendra_target, openai_target, prompt_of
+from bench.live.targets import FIRST_TOKEN_ID, Target, ascendra_target, openai_target, prompt_of
 from bench.markdown import markdown_table
 from bench.metrics import Report, RequestRecord, summarize
-from bench.options import UnloadedTtft, load_profile
+from bench.options import UnloadedTtft, above_zero, at_least, load_profile, mistakes_in_one_line
 from bench.workloads import WorkloadRequest, load_trace, make_workload, slo_set
 
 COLUMNS = {
@@ -42,6 +43,8 @@ COLUMNS = {
     "pooled_gap_p99_s": "pooled p99 gap s",
     "longest_wait_s": "longest wait s",
 }
+Workload = Callable[[float, int], list[WorkloadRequest]]
+"""Makes the requests at a rate, with a seed."""
 SHARES = ("joint", "ttft_only", "tbt_only", "mean_gap")
 
 
@@ -52,8 +55,8 @@ def fitting(workload: Iterable[WorkloadRequest], max_model_len: int) -> list[Wor
 
 async def measure(
     target: Target, workload: Sequence[WorkloadRequest], arguments: argparse.Namespace, name: str, seed: int
-) -> Report:
-    """Send one workload and summarise it without its warm-up."""
+) -> tuple[Report, str]:
+    """Send one workload; summarise it without its warm-up, and say how its requests ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"{name} seed {seed}", total=len(workload))
@@ -64,26 +67,61 @@ async def measure(
         prompt = partial(prompt_of, vocab_size=arguments.vocab_size, seed=seed)
         records = await run_load(target, workload, prompt, drain_s=arguments.drain_s, on_done=advance)
     counted = [record for record in records if record.arrival_s - records[0].arrival_s >= arguments.warmup_s]
-    return summarize(counted)
+    return summarize(counted), outcomes(counted)
 
 
-async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
-    """Measure everything asked for that the file lacks; the systems take turns within each seed."""
+def workload_from(arguments: argparse.Namespace) -> Workload:
+    """Return what makes the workloads, once all options were looked at.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: an option makes no sense.
+    """
+    above_zero(seconds=arguments.seconds, timeout_s=arguments.timeout_s)
+    at_least(0, warmup_s=arguments.warmup_s, drain_s=arguments.drain_s, jitter_sigma=arguments.jitter_sigma)
+    at_least(1, workers=arguments.workers, max_model_len=arguments.max_model_len)
+    at_least(1, kv_capacity_tokens=arguments.kv_capacity_tokens)
+    at_least(FIRST_TOKEN_ID + 1, vocab_size=arguments.vocab_size)
+    if arguments.model is not None and not arguments.model.is_dir():
+        raise ValueError(f"--model {arguments.model}: not a directory")
+    try:
+        httpx.URL(arguments.openai)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--openai {arguments.openai}: {error}") from error
     trace = load_trace(arguments.trace)
     classes = slo_set(arguments.slo, UnloadedTtft(load_profile(arguments.profile)))
+
+    def workload(rate_rps: float, seed: int) -> list[WorkloadRequest]:
+        requests = make_workload(
+            trace,
+            arrivals=arguments.arrivals,
+            rate_rps=rate_rps,
+            requests=max(round(rate_rps * (arguments.warmup_s + arguments.seconds)), 1),
+            classes=classes,
+            seed=seed,
+        )
+        return fitting(requests, arguments.max_model_len)
+
+    for rate_rps in arguments.rates:
+        above_zero(rates=rate_rps)
+        for seed in arguments.seeds:
+            made = workload(rate_rps, seed)
+            if not made or made[-1].arrival_s - made[0].arrival_s < arguments.warmup_s:
+                raise ValueError(
+                    f"at {rate_rps:g}/s no request within --max-model-len comes after the warm-up; raise --seconds"
+                )
+    return workload
+
+
+async def run(arguments: argparse.Namespace, workload_of: Workload, file: ResultFile) -> int:
+    """Measure everything asked for that the file lacks; the systems take turns within each seed.
+
+    Returns how many runs served nothing: they say nothing of a system, so the file does not get them.
+    """
+    empty = 0
     for seed in arguments.seeds:
         for rate_rps in arguments.rates:
-            workload = fitting(
-                make_workload(
-                    trace,
-                    arrivals=arguments.arrivals,
-                    rate_rps=rate_rps,
-                    requests=round(rate_rps * (arguments.warmup_s + arguments.seconds)),
-                    classes=classes,
-                    seed=seed,
-                ),
-                arguments.max_model_len,
-            )
+            workload = workload_of(rate_rps, seed)
             for name in target_names(arguments):
                 if file.holds((name, seed, rate_rps)):
                     continue
@@ -91,11 +129,15 @@ async def run(arguments: argparse.Namespace, file: ResultFile) -> None:
                     target, router = await open_target(name, arguments, seed, stack)
                     watch = CpuWatch()
                     async with watched(router) as facts:
-                        report = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
+                        report, ends = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
                     cpu = watch.cores()
+                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%}: {ends}; {cpu}", file=sys.stderr)
+                if not report.finished:
+                    empty += 1
+                    continue
                 result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
                 file.append(result | facts.summary())
-                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%} {cpu}", file=sys.stderr)
+    return empty
 
 
 def target_names(arguments: argparse.Namespace) -> list[str]:
@@ -116,15 +158,19 @@ class Facts:
     rooms_s: list[float] = field(default_factory=list)
     """Room that workers leave in gaps: their median, every second."""
 
-    async def follow(self, router: str) -> None:
-        """Ask until cancelled."""
-        async with AsyncClient(router) as client:
-            while True:
-                status = await client.status()
-                self.prediction_policy = status.prediction_policy
-                if status.workers:
-                    self.rooms_s.append(statistics.median(worker.delivery_s for worker in status.workers))
-                await asyncio.sleep(1.0)
+    async def ask(self, client: AsyncClient) -> None:
+        """Ask once. Raises AscendraError."""
+        status = await client.status()
+        self.prediction_policy = status.prediction_policy
+        if status.workers:
+            self.rooms_s.append(statistics.median(worker.delivery_s for worker in status.workers))
+
+    async def follow(self, client: AsyncClient) -> None:
+        """Ask until cancelled; a router that does not answer once has other things to do than end a run."""
+        while True:
+            await asyncio.sleep(1.0)
+            with suppress(AscendraError):
+                await self.ask(client)
 
     def summary(self) -> dict[str, Any]:
         """Return it for the result file; nothing without a router."""
@@ -138,13 +184,23 @@ class Facts:
 
 @asynccontextmanager
 async def watched(router: str) -> AsyncIterator[Facts]:
-    """Follow a router while the context is open; an empty address: there is none."""
+    """Follow a router while the context is open; an empty address: there is none.
+
+    Raises AscendraError when it cannot be asked.
+    """
     facts = Facts()
-    async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(facts.follow(router)) if router else None
+    if not router:
         yield facts
-        if following is not None:
+        return
+    async with AsyncClient(router) as client:
+        await facts.ask(client)
+        following = asyncio.create_task(facts.follow(client))
+        try:
+            yield facts
+        finally:
             following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
 
 
 async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> tuple[Target, str]:
@@ -193,7 +249,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
+def leaves(errors: BaseExceptionGroup) -> list[BaseException]:
+    """Return the exceptions in a group and in its groups."""
+    inner = (leaves(one) if isinstance(one, BaseExceptionGroup) else [one] for one in errors.exceptions)
+    return [error for found in inner for error in found]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -227,20 +289,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--openai", default="", help="measure a running OpenAI-compatible server, by base URL")
     parser.add_argument("--openai-model", default="", help="its model name")
     parser.add_argument("--out", type=Path, help="raw results as JSON; runs that it holds are not repeated")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.address and not arguments.openai and arguments.model is None:
         parser.error("--model is needed to start systems")
     return arguments
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write raw results."""
-    arguments = parse()
+    arguments = parse(argv)
     own = ("out", "trace", "systems", "seeds", "rates")  # of single runs, not of the file
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in own}
-    file = ResultFile(arguments.out, settings | {"trace": arguments.trace.name})
-    uvloop.run(run(arguments, file))
-    print(table(file.results))
+    with mistakes_in_one_line():
+        workload_of = workload_from(arguments)
+        file = ResultFile(arguments.out, settings | {"trace": arguments.trace.name})
+    mistakes: list[BaseException] = []
+    empty = 0
+    try:
+        empty = uvloop.run(run(arguments, workload_of, file))
+    except* (OSError, AscendraError) as errors:  # a system's processes run in a task group
+        mistakes += leaves(errors)
+    if file.results:
+        print(table(file.results))
+    if mistakes:
+        sys.exit(f"error: {' '.join(str(mistakes[0]).split())}")
+    if empty:
+        sys.exit(f"error: nothing was served in {empty} of the runs")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from bench.live.targets import FailedError, RefusedError, Target
@@ -49,13 +50,24 @@ async def run_load(
     return sorted(records, key=lambda record: record.arrival_s)
 
 
+def outcomes(records: Sequence[RequestRecord]) -> str:
+    """Say how many requests ended how, and what the first of each was told."""
+    counts = Counter(record.outcome for record in records)
+    parts = []
+    for outcome in Outcome:
+        if counts[outcome]:
+            why = next((record.why for record in records if record.outcome is outcome and record.why), "")
+            parts.append(f"{counts[outcome]} {outcome}" + (f" (first: {' '.join(why.split())})" if why else ""))
+    return ", ".join(parts)
+
+
 async def send(target: Target, request: WorkloadRequest, prompt: list[int], arrival_s: float) -> RequestRecord:
     """Send one request and note when each token arrives; cancelled: it counts as unfinished.
 
     The arrival is when the request was due, so a client that falls behind makes the result worse, never better.
     """
     times: list[float] = []
-    outcome = Outcome.UNFINISHED
+    outcome, why = Outcome.UNFINISHED, ""
     pieces = target.send(request, prompt)
     try:
         async with contextlib.aclosing(pieces):
@@ -63,10 +75,12 @@ async def send(target: Target, request: WorkloadRequest, prompt: list[int], arri
                 now_s = time.monotonic()
                 times.extend([now_s] * tokens)
         outcome = Outcome.FINISHED
-    except RefusedError:
-        outcome = Outcome.REFUSED
-    except FailedError:
-        outcome = Outcome.FAILED
+        if not times:
+            outcome, why = Outcome.FAILED, "the answer had no token"
+    except RefusedError as error:
+        outcome, why = Outcome.REFUSED, str(error)
+    except FailedError as error:
+        outcome, why = Outcome.FAILED, str(error)
     except asyncio.CancelledError:
         # The run is over: the record is what this task was for, so it ends normally.
         outcome = Outcome.UNFINISHED
@@ -79,4 +93,5 @@ async def send(target: Target, request: WorkloadRequest, prompt: list[int], arri
         outcome=outcome,
         token_times_s=times,
         slo_class=request.slo_class,
+        why=why,
     )

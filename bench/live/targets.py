@@ -107,7 +107,7 @@ class OpenAiTarget:
                 async for line in response.aiter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield self._tokens_in(json.loads(line.removeprefix("data: ")))
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ValueError) as error:  # the latter: an event that is not JSON
             raise FailedError(f"{type(error).__name__}: {error}") from error
 
     @staticmethod

@@ -71,7 +71,7 @@ def resolve(
     values: dict[str, Any] = {}
     blocks: dict[str, dict[str, Any]] = {}
     for key, value in _read_yaml(file).items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")  # YAML has numbers, dates and so on as keys, too
         if name not in fields:
             raise ConfigError(f"{file}: unknown key {key!r}; known keys: {', '.join(_key(n) for n in fields)}")
         if _is_block(hints[name]):
@@ -153,15 +153,17 @@ def _parser(config_type: type[Any], program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_yaml(file: Path | None) -> dict[str, Any]:
+def _read_yaml(file: Path | None) -> dict[Any, Any]:
     if file is None:
         return {}
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -66,12 +66,27 @@ def test_lists_and_booleans_are_read_from_text() -> None:
         ("classes: {fast: {ttft: 3}}", "unknown key 'ttft'"),
         ("[1, 2]", "expected a mapping"),
         ("a: [", "not valid YAML"),
+        ("listen: 2026-13-01", "not valid YAML"),
+        ("1: x", "unknown key 1"),
+        ("true: x", "unknown key True"),
+        ("? [listen]\n: x", "unknown key|not valid YAML"),
+        (b"listen: caf\xe9\n", "not UTF-8"),
+        (b"\xff\xfe\x00\x01", "not UTF-8"),
+        (b"listen: \x00", "not valid YAML"),
     ],
 )
-def test_wrong_files_are_refused_with_the_key(tmp_path: Path, text: str, message: str) -> None:
-    """The message names what is wrong and what is allowed."""
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        resolve(Sample, file=write(tmp_path, text))
+def test_wrong_files_are_refused_with_the_key(
+    tmp_path: Path, text: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names the file, what is wrong and what is allowed, in one line."""
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")) as caught:
+        resolve(Sample, file=file)
+    assert str(file) in str(caught.value)
+    with pytest.raises(SystemExit):
+        load_config(Sample, program="sample", argv=["--config", str(file)], environ={})
+    assert capsys.readouterr().err.splitlines()[-1] == f"sample: error: {caught.value}"
 
 
 @pytest.mark.parametrize(

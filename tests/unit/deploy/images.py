@@ -100,7 +100,9 @@ def _interpolate(text: str, environ: Mapping[str, str]) -> str:
     return re.sub(r"\$(?:\$|\{(?P<name>\w+)(?P<operator>:[-+])(?P<word>[^}]*)\})", replace, text)
 
 
-def _merge(base: Any, overlay: Any) -> Any:
+def _merge(base: Any, overlay: Any, key: str = "") -> Any:
+    if key == "volumes" and isinstance(base, list):
+        return [*base, *overlay]
     if isinstance(base, dict) and isinstance(overlay, dict):
-        return base | {key: _merge(base[key], value) if key in base else value for key, value in overlay.items()}
+        return base | {k: _merge(base[k], value, k) if k in base else value for k, value in overlay.items()}
     return overlay

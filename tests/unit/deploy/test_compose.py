@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ascendra.cli import main
 from services.common.config import resolve, settings
 from services.policy.state import Role
 from tests.unit.deploy.images import CONFIG_FOLDER, CONFIG_TYPES, ROOT, Image, port_of, read_compose, read_image
@@ -139,7 +140,8 @@ def test_model_is_where_services_look(files: tuple[str, ...], environ: dict[str,
     compose = read_compose(*files, environ=environ)
     services = compose["services"]
     for name in (*WORKERS, "router"):
-        source, target, mode = services[name]["volumes"][-1].split(":")
+        (volume,) = (one for one in services[name]["volumes"] if isinstance(one, str) and ":/models" in one)
+        source, target, mode = volume.split(":")
         assert mode == "ro"
         if environ:
             assert (source, target) == ("/srv/llama", services[name]["environment"]["ASCENDRA_MODEL"])
@@ -178,19 +180,44 @@ def test_containers_are_confined(files: tuple[str, ...]) -> None:
 
 
 def test_tls_is_everywhere() -> None:
-    """With the overlay every port and every connection is encrypted, and files are where the options say."""
+    """With the overlay every port and every connection is encrypted, with files of the folder that is mounted there."""
     compose = read_compose(*TLS)
     services = compose["services"]
     for name, service, _ in started_services(compose):
         config = effective_config(service)
-        assert (config.tls.cert, config.tls.key) == (f"/run/secrets/{name}.crt", f"/run/secrets/{name}.key")
+        assert (config.tls.cert, config.tls.key) == (f"/certs/{name}.crt", f"/certs/{name}.key")
+        assert config.tls.ca == "/certs/ca.crt"
         assert config.tls.as_client()
         assert not getattr(config, "insecure", False)
-        files = {config.tls.cert, config.tls.key, config.tls.ca, *filter(None, [getattr(config, "https_cert", "")])}
-        assert {file.removeprefix("/run/secrets/") for file in files} == set(service["secrets"])
-        assert all(compose["secrets"][secret]["file"] == f"certs/{secret}" for secret in service["secrets"])
+        if name == "gateway":
+            assert (config.https_cert, config.https_key) == (config.tls.cert, config.tls.key)
+        # A mounted file would stay the old one when it is replaced: only a folder shows what takes its place.
+        (mount,) = (volume for volume in service["volumes"] if isinstance(volume, dict))
+        assert (mount["type"], mount["source"], mount["target"]) == ("bind", f"./certs/{name}", "/certs")
+        assert mount["read_only"]
+        assert not mount["bind"]["create_host_path"]
+        assert not {"secrets", "configs"} & service.keys()
         assert set(getattr(config.tls, "client_names", ())) <= set(services)
-    assert effective_config(services["gateway"]).https_key
+    assert not {"secrets", "configs"} & compose.keys()
+
+
+def test_tls_commands_make_what_is_mounted(tmp_path: Path) -> None:
+    """The commands at the overlay's top make every folder; the keys of services change hands, the client's does not."""
+    head = (ROOT / "deploy/compose.tls.yaml").read_text().partition("x-tls:")[0].replace("\\\n#", "")
+    commands = [line.removeprefix("#").split() for line in head.splitlines() if line.startswith("#   ")]
+    certs, chown, _, status, curl = commands
+    assert certs[:4] == ["ascendra", "certs", "--out", "deploy/certs"]
+    assert main(["certs", "--out", str(tmp_path), *certs[4:]]) == 0
+    services = {name: service for name, service, _ in started_services(read_compose(*TLS))}
+    for name in services:
+        assert {file.name for file in (tmp_path / name).iterdir()} == {"ca.crt", f"{name}.crt", f"{name}.key"}
+    assert chown[:3] == ["sudo", "chown", "10001"]
+    assert chown[3].startswith("deploy/certs/{")
+    assert chown[3].endswith("}/*.key")
+    assert set(chown[3].partition("{")[2].partition("}")[0].split(",")) == set(services)
+    for word in (*status, *curl):
+        if word.startswith("deploy/certs/"):
+            assert (tmp_path / word.removeprefix("deploy/certs/")).is_file()
 
 
 def test_every_gpu_worker_has_a_gpu() -> None:

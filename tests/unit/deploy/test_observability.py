@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from services.policy.quotas import Limit
+from services.router.metrics import REASONS
 from tests.support.promql import label_names, metric_names
 from tests.unit.deploy.images import ROOT, port_of, read_compose
 from tests.unit.deploy.test_compose import effective_config
@@ -91,6 +93,18 @@ def test_every_metric_in_rules_and_dashboard_exists() -> None:
             assert not missing, f"{where}: {missing}"
         asked |= names
     assert recorded <= asked, "a recorded series that nobody reads"
+
+
+def test_refusals_that_count_are_those_for_lack_of_capacity() -> None:
+    """Each reason in the rule is one that exists and that its alert's runbook names; no quota is among them."""
+    (rule,) = (rule for rule in RULES if rule.get("record") == "ascendra:refusals:ratio_rate5m")
+    matched = re.search(r'reason=~"([^"]+)"', rule["expr"])
+    assert matched
+    reasons = set(matched[1].split("|"))
+    assert reasons <= REASONS - {limit.value.lower() for limit in Limit}
+    _, _, after = (ROOT / "docs/operations.md").read_text().partition("### AscendraRefusesRequests\n")
+    runbook, _, _ = after.partition("\n### ")
+    assert reasons == set(re.findall(r"`(\w+)`", runbook)) - {"ascendra_router_refusals_total"}
 
 
 def test_alerts_are_documented() -> None:

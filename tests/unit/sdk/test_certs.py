@@ -1,5 +1,6 @@
 """`ascendra certs`."""
 
+import os
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,6 +41,26 @@ def test_an_authority_is_made_once(tmp_path: Path) -> None:
     assert main(["certs", "--out", str(tmp_path), "--name", "extra"]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {*before, "extra.crt", "extra.key"}
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_folders_are_for_containers(tmp_path: Path) -> None:
+    """A folder of one name holds what that container may see, whatever the umask, and stays when files are replaced."""
+    umask = os.umask(0o077)
+    try:
+        arguments = ["certs", "--out", str(tmp_path), "--folders", "--name", "router", "--name", "client"]
+        assert main(arguments) == 0
+        folder = tmp_path / "router"
+        before, old = folder.stat().st_ino, (folder / "router.key").read_bytes()
+        assert main(arguments) == 0
+    finally:
+        os.umask(umask)
+    assert folder.stat().st_ino == before
+    assert (folder / "router.key").read_bytes() != old
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (folder, *folder.iterdir())}
+    assert modes == {"router": 0o755, "ca.crt": 0o644, "router.crt": 0o644, "router.key": 0o600}
+    assert (folder / "ca.crt").read_bytes() == (tmp_path / "ca.crt").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"ca.crt", "ca.key", "router", "client"}
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "router.crt", folder / "router.key")
 
 
 def test_a_broken_authority_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
