@@ -1,5 +1,6 @@
 """Who is let in: not while the router drains, not beyond its limit, and as services.policy.admission says."""
 
+import heapq
 from collections.abc import Callable, Iterable
 
 from services.common.errors import ResourceExhausted, Unavailable
@@ -13,6 +14,8 @@ from services.router.worker_link import WorkerLink
 
 RETRY_MS = 500
 """When to try again what a router refuses for reasons of its own."""
+_MOST_ESTIMATED = 16
+"""Workers at which a newcomer's first token is predicted."""
 
 
 class Admission:
@@ -51,17 +54,17 @@ class Admission:
             return  # a stream that goes on was let in before, and is served before all that waits
         queued = request.queued()
         estimates = []
-        waiting = held
-        for link in links:
+        # Of many, those with least to do: a newcomer must not cost (all workers).
+        for link in heapq.nsmallest(_MOST_ESTIMATED, links, key=lambda link: link.instance.queued_prefill_tokens):
             view = self._placer.view(link, now_s)
             ahead = newcomer_ahead(view, link.instance.budget, now_s)
             ahead.work_s += ahead.pace.token_s * (held_tokens // len(links))
             estimates.append(ahead.estimate(queued))
-            waiting += len(view.queue)
+        waiting = sum(len(link.instance.glance(now_s).queue) for link in links)
         decision = admit(
             request.spec.slo,
             estimates,
-            waiting,
+            held + waiting,
             self._config.admission_policy,
             request.spec.refuse_hopeless,
             now_s - request.arrival_s,

@@ -244,6 +244,11 @@ class Instance:
         since_s, before = next((w for w in self._windows if w[0] >= now_s - _RATE_WINDOW_S), (now_s, self._tokens))
         return (self._tokens - before) / max(now_s - since_s, _RATE_SLOT_S)
 
+    def glance(self, now_s: float) -> InstanceView:
+        """Return the view with no more than its age brought up to date: enough to leave it aside."""
+        self.view.report_age_s = now_s - self.last_message_s
+        return self.view
+
     def refresh(self, model: StepTimeModel, now_s: float) -> InstanceView:
         """Bring the view up to date and return it."""
         view = self.view

@@ -63,10 +63,11 @@ class Placer:
         links = {link.worker_id: link for link in self._links() if link.takes_requests(now_s)}
         if avoid is not None and len(links) > 1:
             links.pop(avoid.worker_id, None)
-        views = [self.view(link, now_s) for link in links.values()]
+        views = [link.instance.glance(now_s) for link in links.values()]
 
         def predict(view: InstanceView, new: QueuedRequest, _: BudgetPolicy) -> float:
-            return queue_ttft_s(view, new, links[view.worker_id].instance.budget)
+            link = links[view.worker_id]
+            return queue_ttft_s(self.view(link, now_s), new, link.instance.budget)
 
         affinity = request.spec.session_id
         choice = place(request.queued(), views, self._policy, self._state, self._default_budget, affinity, predict)
