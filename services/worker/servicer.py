@@ -185,9 +185,12 @@ class Attachment:
 
     async def _generate(self, live: LiveRequest, request: EngineRequest) -> None:
         worker, outbox = self._worker, self._outbox
+        constrained = request.sampling.HasField("structured_output")
         try:
             async with contextlib.aclosing(worker.engine.generate(request)) as deltas:
                 async for delta in deltas:
+                    if delta.finish == "error" and constrained and not live.delivered_tokens:
+                        raise RejectedByEngine("sampling.structured_output: the engine cannot compile it")
                     self._deliver(live, delta)
         except RejectedByEngine as error:
             outbox.put(failed(live.handle, _INVALID_ARGUMENT, str(error), "INVALID_ARGUMENT"))

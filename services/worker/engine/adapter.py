@@ -13,10 +13,10 @@ import socket
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import vllm
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import ModelRegistry
@@ -53,6 +53,8 @@ _LOGITS_PROCESSORS = [
 ]
 _CONTROL_TIMEOUT_S = 30.0
 """A control call is answered after the running step; one that takes longer means a hung engine."""
+_UNREAD_S = 1.0
+"""For an answer that came while this process was held up."""
 _MAX_SEED = (1 << 63) - 1
 _EMULATED_SHAPE = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64}
 
@@ -134,9 +136,11 @@ class VllmEngine:
         if request.kv_handle:
             self._read_kv(request, sampling)
         try:
+            # A typed dict is taken as it is; an untyped prompt goes through a thread pool, out of order. One with a
+            # constraint has to: that is parsed where the request is checked, for as long as it takes.
+            typed = {} if sampling.structured_outputs else {"type": "token"}
             outputs = self._llm.generate(
-                # A typed dict is taken as it is; an untyped prompt would go through a thread pool, out of order.
-                {"type": "token", "prompt_token_ids": request.token_ids},
+                cast("Any", {**typed, "prompt_token_ids": request.token_ids}),
                 sampling,
                 standing.request_id,
                 priority=deadline_ms if not self.info.policies else 0,
@@ -290,11 +294,18 @@ def register_llama() -> None:
 
 async def _control(llm: AsyncLLM, method: str, arguments: list[Any]) -> Any:
     """Run a method of our scheduler in the engine core, between two steps."""
+    call = asyncio.ensure_future(llm.engine_core.call_utility_async("ascendra_control", method, json.dumps(arguments)))
     try:
-        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-            return await llm.engine_core.call_utility_async("ascendra_control", method, json.dumps(arguments))
-    except (EngineDeadError, TimeoutError) as error:
-        raise EngineDead(f"the engine core did not answer {method}") from error
+        # Twice: where this process itself was held up for so long, the answer may be here and not read yet.
+        for limit_s in (_CONTROL_TIMEOUT_S, _UNREAD_S):
+            await asyncio.wait([call], timeout=limit_s)
+            if call.done():
+                return call.result()
+    except EngineDeadError as error:
+        raise EngineDead(f"the engine core died before it answered {method}") from error
+    finally:
+        call.cancel()
+    raise EngineDead(f"the engine core did not answer {method}")
 
 
 def _kv_port(settings: EngineSettings) -> contextlib.AbstractContextManager[int]:
@@ -324,6 +335,8 @@ def _engine_config(settings: EngineSettings, scratch: Path, kv_port: int = 0) ->
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "skip_tokenizer_init": emulated or not settings.guided_decoding,
         "additional_config": {"ascendra": ours},
+        # "auto" checks each constraint against two back ends, and compiles all with the one that suited the first.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
     }
     if settings.executor != "auto":
         options["distributed_executor_backend"] = settings.executor

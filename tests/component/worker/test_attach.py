@@ -1,7 +1,9 @@
 """The Attach stream on real engines: errors that harm nobody else, withdrawals, cancellation, several routers."""
 
 import asyncio
+import json
 import random
+import time
 
 import grpc
 import pytest
@@ -67,6 +69,7 @@ async def test_bad_submissions_name_the_field_and_disturb_nobody(fleet: WorkerFl
         ("sampling.logit_bias", good, greedy(logit_bias={512: 1.0})),
         ("", good, greedy(structured_output=common_pb2.StructuredOutput(json_schema="{not json"))),
         ("", good, greedy(structured_output=common_pb2.StructuredOutput(regex="(unclosed"))),
+        ("", good, greedy(structured_output=common_pb2.StructuredOutput(regex=r"\p{L}+"))),
     ]
     async with AttachClient(fleet.address("cpu")) as client:
         alone = await client.submit(good, max_tokens=60).finish()
@@ -241,3 +244,21 @@ async def test_attach_needs_a_hello(fleet: WorkerFleet, first: worker_pb2.Attach
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "hello" in str(refused.value.details())
     await channel.close(None)
+
+
+async def test_a_constraint_that_takes_long_to_parse_holds_nobody_up(fleet: WorkerFleet) -> None:
+    """Its request waits for it; the worker goes on answering, and a neighbour's tokens go on."""
+    pattern = {"type": "string", "pattern": "^(a{1,99}){1,99}$"}
+    schema = json.dumps({"type": "array", "prefixItems": [pattern] * 12})
+    sampling = greedy(structured_output=common_pb2.StructuredOutput(json_schema=schema))
+    async with AttachClient(fleet.address("cpu")) as client:
+        slow = asyncio.create_task(client.submit(prompt(50), max_tokens=3, sampling=sampling).finish())
+        longest_s, began_s, rounds = 0.0, time.monotonic(), 0
+        while not slow.done():
+            asked_s = time.monotonic()
+            await client.submit(prompt(20), max_tokens=2).finish()
+            longest_s, rounds = max(longest_s, time.monotonic() - asked_s), rounds + 1
+        parsing_s = time.monotonic() - began_s
+        assert (await slow).failed is None
+    assert rounds > 5
+    assert longest_s < parsing_s / 2, "it was answered only once the constraint was parsed"

@@ -1,7 +1,9 @@
 """Parts of the engine core that need vLLM's modules but no engine."""
 
+import asyncio
 import inspect
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 
 from services.common.config import resolve
 from services.worker.config import WorkerConfig
+from services.worker.engine.contract import EngineDead
 from services.worker.engine.core.compatibility import kv_transfer_mismatches, scheduler_mismatches
 
 pytestmark = pytest.mark.engine
@@ -159,3 +162,26 @@ def test_what_is_computed_is_not_looked_up() -> None:
 
     arrived: Any = SimpleNamespace(num_computed_tokens=700)
     assert PrefixLookup(None).computed_tokens(arrived, 0.0) == 700
+
+
+async def test_an_answer_that_came_while_the_process_was_held_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit of a control call runs out in the same moment in which its answer is read: the engine is well."""
+    from services.worker.engine import adapter
+
+    monkeypatch.setattr(adapter, "_CONTROL_TIMEOUT_S", 0.05)
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[str] = loop.create_future()
+
+    async def call(*_: Any) -> str:
+        return await answer
+
+    llm: Any = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=call))
+    loop.call_later(0.2, answer.set_result, "late")
+    waiting = asyncio.create_task(adapter._control(llm, "release", []))
+    await asyncio.sleep(0)
+    time.sleep(0.1)  # noqa: ASYNC251 - what holds the process up
+    assert await waiting == "late"
+    monkeypatch.setattr(adapter, "_UNREAD_S", 0.05)
+    answer = loop.create_future()
+    with pytest.raises(EngineDead):
+        await adapter._control(llm, "release", [])

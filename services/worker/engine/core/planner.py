@@ -113,6 +113,7 @@ class StepPlanner:
         *,
         in_flight: bool = False,
         may_pause: bool = True,
+        coming: int = 0,
     ) -> StepPlan:
         """Plan the next step.
 
@@ -121,6 +122,7 @@ class StepPlanner:
             waiting: requests that are not resident, preempted ones among them.
             in_flight: a step is still running; this one starts when its tokens are out.
             may_pause: outranked prefills may sit the step out.
+            coming: requests in neither list that may become resident by themselves: what they wait for is no step.
         """
         load = DecodeLoad(len(decodes), sum([decode[2] for decode in decodes]))
         least_s = least_gap_s(self.model)
@@ -136,7 +138,7 @@ class StepPlanner:
         given_up = order.newly_relegated
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
-        admissions = self._admissions(prefills, waiting, load, tightest_s)
+        admissions = max(self._admissions(prefills, waiting, load, tightest_s) - coming, 0)
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),

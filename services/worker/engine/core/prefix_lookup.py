@@ -1,11 +1,14 @@
 """What vLLM's prefix cache holds of requests that wait: their prefill is that much shorter."""
 
+import time
 from typing import Any
 
 from vllm.v1.request import Request
 
 _ASKED_ANEW_S = 0.5
 """A look-up walks all blocks that it finds: for a long prompt, some tenths of a millisecond."""
+_MOST_S = 0.001
+"""Seconds that look-ups may take of one step, but for the last of them; the others keep their answer until a later."""
 
 
 class PrefixLookup:
@@ -15,14 +18,24 @@ class PrefixLookup:
         self._manager = kv_cache_manager
         self._found: dict[str, tuple[float, int]] = {}
         """By request: when it was looked up, and the tokens."""
+        self._step_s = 0.0
+        self._left_s = _MOST_S
 
     def computed_tokens(self, request: Request, now_s: float) -> int:
-        """Return how many tokens of a request need not be computed: they are, or the cache holds them."""
+        """Return how many tokens of a request need not be computed: they are, or the cache holds them.
+
+        Args:
+            now_s: the same for all that is asked at one time.
+        """
         if request.num_computed_tokens:
             return int(request.num_computed_tokens)
         asked_s, tokens = self._found.get(request.request_id, (-_ASKED_ANEW_S, 0))
-        if now_s - asked_s >= _ASKED_ANEW_S:
+        if now_s != self._step_s:
+            self._step_s, self._left_s = now_s, _MOST_S
+        if now_s - asked_s >= _ASKED_ANEW_S and self._left_s > 0:
+            began_s = time.perf_counter()
             tokens = self._look_up(request)
+            self._left_s -= time.perf_counter() - began_s
             self._found[request.request_id] = now_s, tokens
         return tokens
 

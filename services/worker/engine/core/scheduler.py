@@ -155,9 +155,16 @@ class PolicyScheduler:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
             queued.computed_tokens = self._prefixes.computed_tokens(request, now_s)
             waiting.append(queued)
-        may_pause = self._pause_allowed and not self._may_evict()
+        # Those whose KV is read, or whose constraint is compiled, wait in lists of vLLM's own, and start first.
+        coming = scheduler.get_request_counts()[1] - len(scheduler.waiting)
         return self.planner.plan(
-            now_s, prefills, waiting, decodes, in_flight=bool(self._in_flight), may_pause=may_pause
+            now_s,
+            prefills,
+            waiting,
+            decodes,
+            in_flight=bool(self._in_flight),
+            may_pause=self._pause_allowed and not self._may_evict(),
+            coming=coming,
         )
 
     def _may_evict(self) -> bool:
