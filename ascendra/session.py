@@ -24,9 +24,6 @@ from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, RequestOptions
 from ascendra.v1 import inference_pb2
 
-MAX_UNSENT_REQUESTS = 256
-"""Requests that wait to be written; further ones wait in `stream`."""
-
 
 class Session:
     """Carries many requests on one stream. Made by `AsyncClient.session`; used from that client's event loop."""
@@ -76,7 +73,7 @@ class Session:
             raise UnavailableError("the session is closed", request_id=request.request_id)
         if self._link is None or self._link.ended:
             self._link = _Link(self._endpoints.pick(), self._endpoints.metadata)
-        return await self._link.start(request, timeout_s)
+        return self._link.start(request, timeout_s)
 
 
 class _Mailbox:
@@ -170,25 +167,17 @@ class _Link:
         self._call = endpoint.inference.Session(None, metadata=metadata)
         self._mailboxes: dict[int, _Mailbox] = {}
         self._handles = itertools.count(1)
-        # None only wakes the writer, for the cancels.
-        self._starts: asyncio.Queue[_Mailbox | None] = asyncio.Queue(MAX_UNSENT_REQUESTS)
+        # Handles, as a request that leaves unsent must not be kept; None only wakes the writer, for the cancels.
+        self._starts: asyncio.Queue[int | None] = asyncio.Queue()
         self._cancels: deque[int] = deque()  # at most one for each request that was sent
         self._reader = asyncio.create_task(self._read(), name=f"session-read-{self._address}")
         self._writer = asyncio.create_task(self._write(), name=f"session-write-{self._address}")
 
-    async def start(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> _Mailbox:
-        """Start a request. Raises DeadlineExceededError."""
+    def start(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> _Mailbox:
+        """Start a request with a time limit in seconds."""
         mailbox = _Mailbox(self, next(self._handles), request, timeout_s)
         self._mailboxes[mailbox.handle] = mailbox
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._starts.put(mailbox)
-        except TimeoutError:
-            mailbox.cancel()
-            raise time_limit_error(request.request_id, timeout_s) from None
-        except asyncio.CancelledError:
-            mailbox.cancel()
-            raise
+        self._starts.put_nowait(mailbox.handle)
         return mailbox
 
     def leave(self, mailbox: _Mailbox, *, ended: bool) -> None:
@@ -223,11 +212,12 @@ class _Link:
         # The reader hears how the call ended; a write to an ended call says only that it has.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                mailbox = await self._starts.get()
+                handle = await self._starts.get()
                 while self._cancels:
                     cancel = inference_pb2.SessionCancel(handle=self._cancels.popleft())
                     await self._call.write(inference_pb2.SessionRequest(cancel=cancel))
-                if mailbox is not None and mailbox.handle in self._mailboxes:
+                mailbox = self._mailboxes.get(handle) if handle is not None else None
+                if mailbox is not None:
                     mailbox.sent = True
                     start = inference_pb2.SessionStart(handle=mailbox.handle, request=mailbox.request)
                     await self._call.write(inference_pb2.SessionRequest(start=start))
@@ -269,8 +259,6 @@ class _Link:
             own = copy.copy(error)
             own.request_id = mailbox.request.request_id
             mailbox.fail(own)
-        while not self._starts.empty():  # lets those go on that wait to start, and find their mailbox failed
-            self._starts.get_nowait()
 
 
 def _merge(pending: Chunk, chunk: Chunk, request_id: str) -> None:

@@ -64,6 +64,23 @@ async def test_a_closed_session_fails_its_requests() -> None:
         await router.until_cancelled("r1")
 
 
+@pytest.mark.parametrize("others", [0, 1])
+async def test_many_requests_of_a_session_outlive_a_router_that_is_down(others: int) -> None:
+    """However many wait to be sent, each goes on to a router that is up, or fails long before its time limit."""
+    down = ScriptedRouter(counting(1))
+    await down.start()
+    await down.stop()
+    async with scripted.serve(counting(2)) as up:
+        addresses = [down.address, up.address][: 1 + others]
+        async with AsyncClient(addresses) as client, client.session() as session, asyncio.timeout(60):
+            requests = [session.generate("x", timeout_s=100) for _ in range(1500)]
+            outcomes = await asyncio.gather(*requests, return_exceptions=True)
+    if others:
+        assert {outcome.text for outcome in outcomes if not isinstance(outcome, BaseException)} == {" 0 1"}
+    expected = ascendra.Completion if others else ascendra.UnavailableError
+    assert {type(outcome) for outcome in outcomes} == {expected}
+
+
 async def test_text_and_tokens() -> None:
     """tokenize takes text or messages; detokenize is its reverse; models are listed."""
     async with scripted.serve(counting(1)) as router, AsyncClient(router.address) as client:
