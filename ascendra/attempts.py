@@ -108,6 +108,7 @@ async def run_request(
                 yield chunk
             return
         except AscendraError as error:
+            error.request_id = error.request_id or request.request_id
             failures += 1
             if attempt is not None and attempt.resume_cursor:
                 progress.resume_cursor = attempt.resume_cursor

@@ -18,8 +18,16 @@ import grpc.aio
 
 from ascendra import wire
 from ascendra.attempts import check_contiguous, collect, run_request, time_limit_error
-from ascendra.endpoints import Endpoint, Endpoints
-from ascendra.errors import AscendraError, ProtocolError, UnavailableError, from_rpc_error, from_status, lost_connection
+from ascendra.endpoints import Endpoints, closed_error
+from ascendra.errors import (
+    CLOSED,
+    AscendraError,
+    ProtocolError,
+    UnavailableError,
+    from_rpc_error,
+    from_status,
+    lost_connection,
+)
 from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, RequestOptions
 from ascendra.v1 import inference_pb2
@@ -70,9 +78,9 @@ class Session:
 
     async def _open_attempt(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> "_Mailbox":
         if self._closed:
-            raise UnavailableError("the session is closed", request_id=request.request_id)
+            raise UnavailableError("the session is closed", reason=CLOSED, request_id=request.request_id)
         if self._link is None or self._link.ended:
-            self._link = _Link(self._endpoints.pick(), self._endpoints.metadata)
+            self._link = _Link(self._endpoints)
         return self._link.start(request, timeout_s)
 
 
@@ -161,10 +169,13 @@ class _Mailbox:
 class _Link:
     """One stream to one router, read and written by a task each."""
 
-    def __init__(self, endpoint: Endpoint, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, endpoints: Endpoints) -> None:
         self.ended = False
+        endpoint = endpoints.pick()
+        self._endpoints = endpoints
         self._address = endpoint.address
-        self._call = endpoint.inference.Session(None, metadata=metadata)
+        self._call = endpoint.inference.Session(None, metadata=endpoints.metadata)
+        endpoints.end_with_us(self._call)
         self._mailboxes: dict[int, _Mailbox] = {}
         self._handles = itertools.count(1)
         # Handles, as a request that leaves unsent must not be kept; None only wakes the writer, for the cancels.
@@ -190,7 +201,7 @@ class _Link:
 
     async def close(self) -> None:
         """End the stream."""
-        self._end(UnavailableError("the session was closed"))
+        self._end(UnavailableError("the session was closed", reason=CLOSED))
         self._call.cancel()
         await asyncio.gather(self._reader, self._writer, return_exceptions=True)
 
@@ -203,6 +214,10 @@ class _Link:
             error = from_rpc_error(failure, address=self._address)
         except ProtocolError as failure:
             error = failure
+        except asyncio.CancelledError:
+            if not self._endpoints.ended_call():
+                raise
+            error = closed_error()
         finally:
             self._end(error)
             self._writer.cancel()
