@@ -1,17 +1,21 @@
 """The commands that talk to a router, over a real socket."""
 
+import asyncio
 import importlib.metadata
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ascendra.cli import main
-from ascendra.v1 import inference_pb2
+from ascendra.cli.cluster import ClusterSpec, LocalCluster
+from ascendra.cli.options import CliError
+from ascendra.v1 import cluster_pb2, inference_pb2
 from services.common import errors
 from tests.support import scripted_router as scripted
-from tests.support.scripted_router import Fail, ScriptedRouter
+from tests.support.scripted_router import Fail, ScriptedRouter, counting
 
 
 @pytest.fixture
@@ -143,10 +147,53 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(f"ascendra {importlib.metadata.version('ascendra')}\n")
 
 
+@pytest.mark.parametrize("option", ["--port", "--gateway"])
 def test_up_says_which_port_is_taken(
-    router_in_a_thread: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    router_in_a_thread: ScriptedRouter, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A port in use is reported before anything starts."""
     port = router_in_a_thread.address.rpartition(":")[2]
-    assert main(["up", "--port", port, "--work-dir", str(tmp_path)]) == 1
-    assert f"error: port {port}: Address already in use" in capsys.readouterr().err
+    assert main(["up", "--port", "0", option, port, "--work-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: port {port}: Address already in use\nhint: choose another with {option}; 0 picks one\n"
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        (["--port", "70000"], "--port: port 70000 is above 65535"),
+        (["--port", "65535", "--routers", "2"], "--port: port 65536 is above 65535"),
+        (["--port", "0", "--gateway", "70000"], "--gateway: port 70000 is above 65535"),
+        (["--port", "7154", "--routers", "2", "--gateway", "7155"], "--gateway: port 7155 is that of a router"),
+    ],
+)
+def test_up_refuses_impossible_ports(
+    ports: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before anything starts."""
+    assert main(["up", *ports, "--work-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+class LockedRouter(ScriptedRouter):
+    """Answers only those who show a key."""
+
+    async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Any) -> cluster_pb2.GetStatusResponse:
+        """Refuse."""
+        raise errors.Unauthenticated("a valid API key is required")
+
+
+async def test_up_says_that_the_routers_ask_for_a_key(tmp_path: Path) -> None:
+    """At once: no worker has to do with it."""
+    router = LockedRouter(counting(1))
+    await router.start()
+    try:
+        spec = ClusterSpec(lp=1, hp=0, engine="emulated", routers=1, port=0, work_dir=tmp_path)
+        cluster = LocalCluster(spec, print)
+        cluster.addresses = {"router-0": router.address}
+        async with asyncio.timeout(10):
+            with pytest.raises(CliError, match="router-0: a valid API key is required") as caught:
+                await cluster._attached()
+        assert "api-keys-file" in caught.value.hint
+    finally:
+        await router.stop()
