@@ -197,3 +197,18 @@ async def test_up_says_that_the_routers_ask_for_a_key(tmp_path: Path) -> None:
         assert "api-keys-file" in caught.value.hint
     finally:
         await router.stop()
+
+
+def test_up_says_how_to_get_a_model_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name of the Hugging Face hub is no folder; what can only be a folder gets no such advice."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["up", "--model", "org/some-model_1.5B"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --model: org/some-model_1.5B is not a directory\n"
+        "hint: hf download org/some-model_1.5B --local-dir DIR, then --model DIR\n"
+    )
+    for folder in ("/nowhere/model", "../model", "a/b/c", "model"):
+        assert main(["up", "--model", folder]) == 2
+        assert "hint" not in capsys.readouterr().err
