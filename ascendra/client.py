@@ -150,8 +150,8 @@ class AsyncClient:
 
     async def watch_status(self, interval_s: float = 1.0) -> AsyncGenerator[cluster_pb2.GetStatusResponse]:
         """Yield the cluster as one router sees it, every interval_s seconds (at least 0.1), until it fails."""
+        request = cluster_pb2.WatchStatusRequest(interval_ms=wire.milliseconds("interval_s", interval_s))
         endpoint = self._endpoints.pick()
-        request = cluster_pb2.WatchStatusRequest(interval_ms=round(interval_s * 1000))
         call = endpoint.cluster.WatchStatus(request, metadata=self._endpoints.metadata)
         self._endpoints.end_with_us(call)
         try:
@@ -193,11 +193,12 @@ class AsyncClient:
     async def drain(self, worker_id: str, *, timeout_s: float | None = None) -> int:
         """Stop placing on a worker and return how many requests it still has.
 
-        timeout_s: seconds until what is left is cancelled; None: the worker's default.
+        timeout_s: seconds until what is left is cancelled, 0: at once; None: the worker's default.
         """
-        request = cluster_pb2.DrainWorkerRequest(
-            worker_id=worker_id, timeout_ms=0 if timeout_s is None else wire.timeout_ms(timeout_s)
-        )
+        request = cluster_pb2.DrainWorkerRequest(worker_id=worker_id)
+        if timeout_s is not None:
+            # On the wire 0 stands for the default.
+            request.timeout_ms = 1 if timeout_s == 0 else wire.milliseconds("timeout_s", timeout_s)
         return (await self._call(lambda endpoint: endpoint.cluster.DrainWorker, request)).remaining
 
     async def _call(

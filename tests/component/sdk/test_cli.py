@@ -104,7 +104,8 @@ def test_role_and_drain(address: list[str], capsys: pytest.CaptureFixture[str]) 
     """A worker's role is changed, or it is drained, by its id."""
     assert main(["role", "w1", "low", *address]) == 0
     assert main(["drain", "w0", "--timeout-s", "2", *address]) == 0
-    assert capsys.readouterr().out == "w1: low\nw0: draining, 3 requests left\n"
+    assert main(["drain", "w0", "--timeout-s", "0", *address]) == 0
+    assert capsys.readouterr().out == "w1: low\n" + 2 * "w0: draining, 3 requests left\n"
 
 
 def test_failures_are_one_line_a_hint_and_a_status(
@@ -139,6 +140,24 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     """What cannot be meant is refused before anything starts."""
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("seconds", ["-1", "inf", "nan"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["status", "--interval-s"], "interval_s"),
+        (["status", "--json", "--interval-s"], "interval_s"),
+        (["drain", "w0", "--timeout-s"], "timeout_s"),
+        (["generate", "x", "--timeout-s"], "timeout_s"),
+    ],
+)
+def test_an_impossible_time_is_refused(
+    command: list[str], name: str, seconds: str, address: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that names it."""
+    assert main([*command[:-1], f"{command[-1]}={seconds}", *address]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {name}: must be above 0 seconds, got {seconds}"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
