@@ -16,6 +16,9 @@ from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, PositionLogprobs
 from ascendra.v1 import inference_pb2
 
+_LEAST_S = 0.001
+"""Shortest time limit of an attempt, in seconds: on the wire 0 stands for none."""
+
 
 class Attempt(Protocol):
     """One attempt at a request."""
@@ -63,7 +66,7 @@ class Progress:
     def next_request(self, timeout_s: float) -> inference_pb2.GenerateRequest:
         """Return the request of the next attempt: the original one, or what continues it."""
         request = self._request
-        request.timeout_ms = wire.timeout_ms(timeout_s)
+        request.timeout_ms = wire.milliseconds("timeout_s", max(timeout_s, _LEAST_S))
         if self.started:
             request.resume.cursor = self.resume_cursor
             request.resume.token_ids = struct.pack(f"<{len(self._token_ids)}I", *self._token_ids)
@@ -108,6 +111,7 @@ async def run_request(
                 yield chunk
             return
         except AscendraError as error:
+            error.request_id = error.request_id or request.request_id
             failures += 1
             if attempt is not None and attempt.resume_cursor:
                 progress.resume_cursor = attempt.resume_cursor

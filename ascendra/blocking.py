@@ -2,13 +2,15 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 from ascendra.client import DEFAULT_CONTROL_TIMEOUT_S, DEFAULT_TIMEOUT_S, AsyncClient
-from ascendra.endpoints import Addresses, Credentials
+from ascendra.endpoints import Addresses, Credentials, closed_error
+from ascendra.errors import UnavailableError
 from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, Message, RequestOptions, Role
 from ascendra.v1 import cluster_pb2, inference_pb2
@@ -61,7 +63,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; calls in flight, in other threads, end with an UnavailableError, as do later ones."""
         if not self._closed:
             self._closed = True
             self._loop.run(self._client.close())
@@ -78,7 +80,7 @@ class Client:
             while (chunk := self._loop.run(_next(chunks))) is not None:
                 yield chunk
         finally:
-            self._loop.run(chunks.aclose())
+            self._loop.end(chunks)
 
     def tokenize(
         self,
@@ -122,7 +124,7 @@ class Client:
             while (status := self._loop.run(_next(statuses))) is not None:
                 yield status
         finally:
-            self._loop.run(statuses.aclose())
+            self._loop.end(statuses)
 
     def explain(self, request_id: str, *, tenant: str = "") -> cluster_pb2.ExplainResponse:
         """Return the decisions about a request; as `AsyncClient.explain`."""
@@ -141,15 +143,6 @@ async def _next(items: AsyncGenerator[_T]) -> _T | None:
     return await anext(items, None)
 
 
-def _settle(outcome: "concurrent.futures.Future[_T]", task: "asyncio.Task[_T]") -> None:
-    if task.cancelled():
-        outcome.set_exception(asyncio.CancelledError())
-    elif (error := task.exception()) is not None:
-        outcome.set_exception(error)
-    else:
-        outcome.set_result(task.result())
-
-
 class _LoopThread:
     """An event loop in a thread, alive while a client uses it."""
 
@@ -159,6 +152,9 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._stopped = False
+        # Nothing is begun after the stop. Reentrant, as the collector may end a generator while this thread holds it.
+        self._beginning = threading.RLock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ascendra-client", daemon=True)
         self._thread.start()
 
@@ -177,33 +173,64 @@ class _LoopThread:
         with cls._lock:
             cls._users -= 1
             if cls._users == 0 and cls._shared is not None:
-                cls._shared._stop()
-                cls._shared = None
+                stopping, cls._shared = cls._shared, None
+                stopping._stop()
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the loop and wait for it; an interrupt of the wait cancels it, and waits for its end."""
+        """Run a coroutine on the loop and wait for it; an interrupt of the wait cancels it, and waits for its end.
+
+        Raises UnavailableError when the loop is stopped, before or meanwhile.
+        """
         outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
         tasks: list[asyncio.Task[_T]] = []
 
         def begin() -> None:
             tasks.append(self._loop.create_task(coroutine))
-            tasks[0].add_done_callback(lambda task: _settle(outcome, task))
+            tasks[0].add_done_callback(lambda task: self._settle(outcome, task))
 
         def cancel() -> None:
             for task in tasks:
                 task.cancel()
 
         try:
-            self._loop.call_soon_threadsafe(begin)
+            with self._beginning:
+                if self._stopped:
+                    coroutine.close()
+                    raise closed_error()
+                self._loop.call_soon_threadsafe(begin)
             return outcome.result()
         except BaseException:
-            if not outcome.done():
+            if not outcome.done() and not self._stopped:
                 # A generator that the coroutine advances can be closed only when the cancellation is through it.
                 self._loop.call_soon_threadsafe(cancel)
                 concurrent.futures.wait([outcome], _CANCELLATION_S)
             raise
 
+    def end(self, items: AsyncGenerator[Any]) -> None:
+        """Close an asynchronous generator, unless the end of the loop has done so."""
+        with contextlib.suppress(UnavailableError):
+            self.run(items.aclose())
+
+    def _settle(self, outcome: "concurrent.futures.Future[_T]", task: "asyncio.Task[_T]") -> None:
+        if task.cancelled():
+            outcome.set_exception(closed_error() if self._stopped else asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(task.result())
+
     def _stop(self) -> None:
+        with self._beginning:
+            self._stopped = True
+        asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end_tasks(self) -> None:
+        """Cancel what still runs, so that nobody waits for it for ever."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()

@@ -1,7 +1,8 @@
 """The client: one gRPC stream per request. For hundreds of streams at once, use `AsyncClient.session`."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -10,7 +11,7 @@ import grpc.aio
 
 from ascendra import wire
 from ascendra.attempts import collect, run_request
-from ascendra.endpoints import Addresses, Credentials, Endpoint, Endpoints
+from ascendra.endpoints import Addresses, Credentials, Endpoint, Endpoints, closed_error
 from ascendra.errors import AscendraError, NotFoundError, ProtocolError, UnavailableError, from_rpc_error
 from ascendra.retry import RetryPolicy
 from ascendra.session import Session
@@ -69,7 +70,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections; streams in flight end with an error."""
+        """Close the connections; calls in flight end with an UnavailableError, as do later ones."""
         await self._endpoints.close()
 
     async def generate(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Completion:
@@ -103,7 +104,7 @@ class AsyncClient:
         )
 
     async def _open_attempt(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> "_GenerateAttempt":
-        return _GenerateAttempt(self._endpoints.pick(), request, timeout_s, self._endpoints.metadata)
+        return _GenerateAttempt(self._endpoints, request, timeout_s)
 
     # Tokenizer and models.
 
@@ -149,14 +150,19 @@ class AsyncClient:
 
     async def watch_status(self, interval_s: float = 1.0) -> AsyncGenerator[cluster_pb2.GetStatusResponse]:
         """Yield the cluster as one router sees it, every interval_s seconds (at least 0.1), until it fails."""
+        request = cluster_pb2.WatchStatusRequest(interval_ms=wire.milliseconds("interval_s", interval_s))
         endpoint = self._endpoints.pick()
-        request = cluster_pb2.WatchStatusRequest(interval_ms=round(interval_s * 1000))
         call = endpoint.cluster.WatchStatus(request, metadata=self._endpoints.metadata)
+        self._endpoints.end_with_us(call)
         try:
             async for response in call:
                 yield response.status
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, address=endpoint.address) from None
+        except asyncio.CancelledError:
+            if self._endpoints.ended_call():
+                raise closed_error() from None
+            raise
         finally:
             call.cancel()
 
@@ -187,14 +193,17 @@ class AsyncClient:
     async def drain(self, worker_id: str, *, timeout_s: float | None = None) -> int:
         """Stop placing on a worker and return how many requests it still has.
 
-        timeout_s: seconds until what is left is cancelled; None: the worker's default.
+        timeout_s: seconds until what is left is cancelled, 0: at once; None: the worker's default.
         """
-        request = cluster_pb2.DrainWorkerRequest(
-            worker_id=worker_id, timeout_ms=0 if timeout_s is None else wire.timeout_ms(timeout_s)
-        )
+        request = cluster_pb2.DrainWorkerRequest(worker_id=worker_id)
+        if timeout_s is not None:
+            # On the wire 0 stands for the default.
+            request.timeout_ms = 1 if timeout_s == 0 else wire.milliseconds("timeout_s", timeout_s)
         return (await self._call(lambda endpoint: endpoint.cluster.DrainWorker, request)).remaining
 
-    async def _call(self, method: Callable[[Endpoint], Callable[..., Awaitable[_T]]], request: Any) -> _T:
+    async def _call(
+        self, method: Callable[[Endpoint], Callable[..., "grpc.aio.UnaryUnaryCall[Any, _T]"]], request: Any
+    ) -> _T:
         """Make a unary call on the first router that can be reached."""
         failure: UnavailableError | None = None
         for endpoint in self._endpoints.in_turn():
@@ -205,29 +214,35 @@ class AsyncClient:
         assert failure is not None
         raise failure
 
-    async def _call_one(self, endpoint: Endpoint, method: Callable[..., Awaitable[_T]], request: Any) -> _T:
+    async def _call_one(
+        self, endpoint: Endpoint, method: Callable[..., "grpc.aio.UnaryUnaryCall[Any, _T]"], request: Any
+    ) -> _T:
+        call = method(request, timeout=self._control_timeout_s, metadata=self._endpoints.metadata)
+        self._endpoints.end_with_us(call)
         try:
-            return await method(request, timeout=self._control_timeout_s, metadata=self._endpoints.metadata)
+            return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, address=endpoint.address) from None
+        except asyncio.CancelledError:
+            if self._endpoints.ended_call():
+                raise closed_error() from None
+            raise
 
 
 class _GenerateAttempt:
     """An attempt on a gRPC stream of its own."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        request: inference_pb2.GenerateRequest,
-        timeout_s: float,
-        metadata: tuple[tuple[str, str], ...],
-    ) -> None:
+    def __init__(self, endpoints: Endpoints, request: inference_pb2.GenerateRequest, timeout_s: float) -> None:
         self.resume_cursor = b""
         self.prompt_tokens = 0
-        self._endpoint = endpoint
+        self._endpoints = endpoints
+        self._endpoint = endpoints.pick()
         self._request_id = request.request_id
         self._finished = False
-        self._call = endpoint.inference.Generate(request, timeout=max(timeout_s, 0.0), metadata=metadata)
+        self._call = self._endpoint.inference.Generate(
+            request, timeout=max(timeout_s, 0.0), metadata=endpoints.metadata
+        )
+        endpoints.end_with_us(self._call)
 
     async def read(self) -> Chunk | None:
         """Return the next chunk, or None after the last. Raises AscendraError."""
@@ -238,6 +253,12 @@ class _GenerateAttempt:
                 if self._finished:  # everything was received; how the call ended no longer matters
                     return None
                 raise from_rpc_error(error, address=self._endpoint.address, request_id=self._request_id) from None
+            except asyncio.CancelledError:
+                if not self._endpoints.ended_call():
+                    raise
+                if self._finished:
+                    return None
+                raise closed_error(self._request_id) from None
             if not isinstance(response, inference_pb2.GenerateResponse):  # grpc.aio.EOF
                 if not self._finished:
                     raise ProtocolError("the stream ended without an end message", request_id=self._request_id)

@@ -1,13 +1,14 @@
 """The routers a client knows: one channel each, used in turn."""
 
 import asyncio
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 import grpc
 import grpc.aio
 
-from ascendra.errors import InvalidArgumentError
+from ascendra.errors import CLOSED, InvalidArgumentError, UnavailableError
 from ascendra.tls import Stamp, Tls
 from ascendra.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
@@ -71,18 +72,23 @@ class Endpoints:
         self._stamp: Stamp = ()
         self._endpoints: list[Endpoint] = []
         self._replaced: list[Endpoint] = []
+        # gRPC does not end the calls of a channel that is closed.
+        self._calls: weakref.WeakSet[grpc.aio.Call] = weakref.WeakSet()
+        self._closed = False
         self._next = 0
 
     def __len__(self) -> int:
         return len(self.addresses)
 
     def pick(self) -> Endpoint:
-        """Return the router for the next call."""
+        """Return the router for the next call. Raises UnavailableError when closed."""
         order = self.in_turn()
         return next((endpoint for endpoint in order if not endpoint.is_down()), order[0])
 
     def in_turn(self) -> list[Endpoint]:
-        """Return every router once, starting with the next one."""
+        """Return every router once, starting with the next one. Raises UnavailableError when closed."""
+        if self._closed:
+            raise closed_error()
         if not self._endpoints or self._stamp != self._present_stamp():
             self._connect()
         start = self._next % len(self._endpoints)
@@ -104,10 +110,27 @@ class Endpoints:
     def _present_stamp(self) -> Stamp:
         return self._credentials.stamp() if isinstance(self._credentials, Tls) else ()
 
+    def end_with_us(self, call: grpc.aio.Call) -> None:
+        """Cancel a call in `close`, if it is still in progress then."""
+        self._calls.add(call)
+
+    def ended_call(self) -> bool:
+        """Whether `close` caused the CancelledError that a call just raised, not a cancellation of this task."""
+        task = asyncio.current_task()
+        return self._closed and not (task is not None and task.cancelling())
+
     async def close(self) -> None:
         """Close the channels; calls in flight end with an error."""
+        self._closed = True
+        for call in list(self._calls):
+            call.cancel()
         endpoints, self._endpoints, self._replaced = [*self._endpoints, *self._replaced], [], []
         await asyncio.gather(*(endpoint.channel.close(None) for endpoint in endpoints))
+
+
+def closed_error(request_id: str = "") -> UnavailableError:
+    """Return the error of a call on a client that was closed."""
+    return UnavailableError("the client is closed", reason=CLOSED, request_id=request_id)
 
 
 def _inference_stub(channel: grpc.aio.Channel) -> object:

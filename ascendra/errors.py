@@ -25,6 +25,8 @@ RETRY_AFTER_KEY = "retry-after-ms"
 
 CONNECTION_LOST = "CONNECTION_LOST"
 """Reason of an UnavailableError that no router sent: it could not be reached, or the connection broke."""
+CLOSED = "CLOSED"
+"""Reason of an UnavailableError that no router sent: the caller closed the client or the session."""
 
 
 class AscendraError(Exception):

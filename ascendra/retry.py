@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from ascendra.errors import CONNECTION_LOST, AscendraError
+from ascendra.errors import CLOSED, CONNECTION_LOST, AscendraError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class RetryPolicy:
             jitter: uniform in [0, 1).
         """
         allowed = error.code is grpc.StatusCode.UNAVAILABLE if started else error.retry_safe
-        if not allowed or failures >= self.max_attempts:
+        if not allowed or error.reason == CLOSED or failures >= self.max_attempts:
             return None
         if error.reason == CONNECTION_LOST and others > 0:
             return 0.0

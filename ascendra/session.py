@@ -18,14 +18,19 @@ import grpc.aio
 
 from ascendra import wire
 from ascendra.attempts import check_contiguous, collect, run_request, time_limit_error
-from ascendra.endpoints import Endpoint, Endpoints
-from ascendra.errors import AscendraError, ProtocolError, UnavailableError, from_rpc_error, from_status, lost_connection
+from ascendra.endpoints import Endpoints, closed_error
+from ascendra.errors import (
+    CLOSED,
+    AscendraError,
+    ProtocolError,
+    UnavailableError,
+    from_rpc_error,
+    from_status,
+    lost_connection,
+)
 from ascendra.retry import RetryPolicy
 from ascendra.types import Chunk, Completion, RequestOptions
 from ascendra.v1 import inference_pb2
-
-MAX_UNSENT_REQUESTS = 256
-"""Requests that wait to be written; further ones wait in `stream`."""
 
 
 class Session:
@@ -73,10 +78,10 @@ class Session:
 
     async def _open_attempt(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> "_Mailbox":
         if self._closed:
-            raise UnavailableError("the session is closed", request_id=request.request_id)
+            raise UnavailableError("the session is closed", reason=CLOSED, request_id=request.request_id)
         if self._link is None or self._link.ended:
-            self._link = _Link(self._endpoints.pick(), self._endpoints.metadata)
-        return await self._link.start(request, timeout_s)
+            self._link = _Link(self._endpoints)
+        return self._link.start(request, timeout_s)
 
 
 class _Mailbox:
@@ -164,31 +169,26 @@ class _Mailbox:
 class _Link:
     """One stream to one router, read and written by a task each."""
 
-    def __init__(self, endpoint: Endpoint, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, endpoints: Endpoints) -> None:
         self.ended = False
+        endpoint = endpoints.pick()
+        self._endpoints = endpoints
         self._address = endpoint.address
-        self._call = endpoint.inference.Session(None, metadata=metadata)
+        self._call = endpoint.inference.Session(None, metadata=endpoints.metadata)
+        endpoints.end_with_us(self._call)
         self._mailboxes: dict[int, _Mailbox] = {}
         self._handles = itertools.count(1)
-        # None only wakes the writer, for the cancels.
-        self._starts: asyncio.Queue[_Mailbox | None] = asyncio.Queue(MAX_UNSENT_REQUESTS)
+        # Handles, as a request that leaves unsent must not be kept; None only wakes the writer, for the cancels.
+        self._starts: asyncio.Queue[int | None] = asyncio.Queue()
         self._cancels: deque[int] = deque()  # at most one for each request that was sent
         self._reader = asyncio.create_task(self._read(), name=f"session-read-{self._address}")
         self._writer = asyncio.create_task(self._write(), name=f"session-write-{self._address}")
 
-    async def start(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> _Mailbox:
-        """Start a request. Raises DeadlineExceededError."""
+    def start(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> _Mailbox:
+        """Start a request with a time limit in seconds."""
         mailbox = _Mailbox(self, next(self._handles), request, timeout_s)
         self._mailboxes[mailbox.handle] = mailbox
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._starts.put(mailbox)
-        except TimeoutError:
-            mailbox.cancel()
-            raise time_limit_error(request.request_id, timeout_s) from None
-        except asyncio.CancelledError:
-            mailbox.cancel()
-            raise
+        self._starts.put_nowait(mailbox.handle)
         return mailbox
 
     def leave(self, mailbox: _Mailbox, *, ended: bool) -> None:
@@ -201,7 +201,7 @@ class _Link:
 
     async def close(self) -> None:
         """End the stream."""
-        self._end(UnavailableError("the session was closed"))
+        self._end(UnavailableError("the session was closed", reason=CLOSED))
         self._call.cancel()
         await asyncio.gather(self._reader, self._writer, return_exceptions=True)
 
@@ -214,6 +214,10 @@ class _Link:
             error = from_rpc_error(failure, address=self._address)
         except ProtocolError as failure:
             error = failure
+        except asyncio.CancelledError:
+            if not self._endpoints.ended_call():
+                raise
+            error = closed_error()
         finally:
             self._end(error)
             self._writer.cancel()
@@ -223,11 +227,12 @@ class _Link:
         # The reader hears how the call ended; a write to an ended call says only that it has.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                mailbox = await self._starts.get()
+                handle = await self._starts.get()
                 while self._cancels:
                     cancel = inference_pb2.SessionCancel(handle=self._cancels.popleft())
                     await self._call.write(inference_pb2.SessionRequest(cancel=cancel))
-                if mailbox is not None and mailbox.handle in self._mailboxes:
+                mailbox = self._mailboxes.get(handle) if handle is not None else None
+                if mailbox is not None:
                     mailbox.sent = True
                     start = inference_pb2.SessionStart(handle=mailbox.handle, request=mailbox.request)
                     await self._call.write(inference_pb2.SessionRequest(start=start))
@@ -269,8 +274,6 @@ class _Link:
             own = copy.copy(error)
             own.request_id = mailbox.request.request_id
             mailbox.fail(own)
-        while not self._starts.empty():  # lets those go on that wait to start, and find their mailbox failed
-            self._starts.get_nowait()
 
 
 def _merge(pending: Chunk, chunk: Chunk, request_id: str) -> None:

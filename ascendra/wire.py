@@ -12,7 +12,8 @@ from ascendra import types
 from ascendra.errors import InvalidArgumentError
 from ascendra.v1 import common_pb2, inference_pb2
 
-MAX_TIMEOUT_MS = 2**32 - 1
+MAX_MS = 2**32 - 1
+"""Longest time that a request can carry, in milliseconds."""
 MAX_REQUEST_BYTES = 15 << 20
 """Below the 16 MiB of a message, with room to resume. In a session a larger one would break the stream of all."""
 
@@ -54,6 +55,8 @@ def build_request(prompt: str | None, options: types.RequestOptions) -> inferenc
             request.sampling.CopyFrom(sampling_to_wire(options["sampling"]))
         if options.get("slo", types.Slo()) != types.Slo():  # an empty one is that of the class
             request.slo.CopyFrom(slo_to_wire(options["slo"]))
+        if "timeout_s" in options:
+            milliseconds("timeout_s", options["timeout_s"])
         if "on_overload" in options:
             request.on_overload = _overload_action(options["on_overload"])
         if request.ByteSize() > MAX_REQUEST_BYTES:
@@ -137,9 +140,11 @@ def slo_to_wire(slo: types.Slo) -> common_pb2.Slo:
     return wire
 
 
-def timeout_ms(timeout_s: float) -> int:
-    """Return a time limit as the whole milliseconds that a request carries, at least 1."""
-    return max(1, min(math.ceil(timeout_s * 1000), MAX_TIMEOUT_MS))
+def milliseconds(name: str, seconds: float) -> int:
+    """Return a time as the whole milliseconds that a request carries. Raises InvalidArgumentError naming the field."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise InvalidArgumentError(f"{name}: must be above 0 seconds, got {seconds:g}")
+    return math.ceil(min(seconds * 1000, MAX_MS))
 
 
 def role_to_wire(role: types.Role | str) -> common_pb2.Role:

@@ -56,6 +56,8 @@ def run_certs(arguments: argparse.Namespace) -> int:
             authority.issue(name, folder, hosts=arguments.host, valid_for=timedelta(days=arguments.days))
     except ImportError as error:
         raise CliError("this command needs the cryptography package", hint="pip install cryptography") from error
+    except OverflowError as error:
+        raise CliError(f"--days: {error}", exit_status=2) from error
     except (OSError, ValueError) as error:
         raise CliError(str(error)) from error
     print(f"{arguments.out}/: ca.crt and certificates for {', '.join(arguments.name or NAMES)}")

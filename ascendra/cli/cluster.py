@@ -20,7 +20,7 @@ import ascendra
 from ascendra.cli.options import CliError
 from ascendra.cli.processes import Child, Event
 from ascendra.client import AsyncClient
-from ascendra.errors import AscendraError
+from ascendra.errors import DeadlineExceededError, PermissionDeniedError, UnauthenticatedError, UnavailableError
 from ascendra.v1 import cluster_pb2
 
 MAX_MODEL_LEN = 4096
@@ -31,6 +31,7 @@ _START_LIMIT_S = {"cpu": 300.0, "emulated": 300.0, "cuda": 1200.0}
 _STOP_MARGIN_S = 10.0
 _RESTART_PAUSE_S = (0.5, 10.0)
 _STEADY_S = 30.0
+_LAST_PORT = 65535
 # What this module decides; a variable of the user must not undo it in the services.
 _OWN_VARIABLES = ("LISTEN", "METRICS_LISTEN", "WORKERS", "WORKER_DNS", "ROUTERS", "PREDICTOR", "MODEL", "MODEL_NAME",
                   "SERVED_MODEL_NAME", "ROLE", "ENGINE", "WORKER_ID", "ROUTER_ID", "ADVERTISE", "TLS_CA", "TLS_CERT",
@@ -333,8 +334,8 @@ class LocalCluster:
         for name, address in self.addresses.items():
             async with AsyncClient(address) as client:
                 while self._failure is None:
-                    with contextlib.suppress(AscendraError):
-                        status = await client.status()
+                    with contextlib.suppress(UnavailableError, DeadlineExceededError):
+                        status = await self._status(name, client)
                         ready = [w for w in status.workers if w.health == cluster_pb2.WORKER_HEALTH_READY]
                         if len(ready) == len(self.spec.worker_roles):
                             break
@@ -343,6 +344,14 @@ class LocalCluster:
         if self._failure is not None:
             raise self._failure
         self.waiting_for = set()
+
+    async def _status(self, router: str, client: AsyncClient) -> cluster_pb2.GetStatusResponse:
+        try:
+            return await client.status()
+        except (UnauthenticatedError, PermissionDeniedError) as error:
+            raise CliError(
+                f"{router}: {error}", hint="this command shows no API key: leave api-keys-file out of --router-config"
+            ) from error
 
 
 def checkout() -> Path:
@@ -357,15 +366,22 @@ def checkout() -> Path:
 
 
 def _check_ports(spec: ClusterSpec) -> None:
-    """Raise CliError for a port that another process has, rather than let a router fail on it a minute later."""
-    for port in range(spec.port, spec.port + spec.routers) if spec.port else ():
+    """Raise CliError for a port that cannot be had, rather than let a service fail on it a minute later."""
+    ports = [("--port", port) for port in range(spec.port, spec.port + spec.routers) if spec.port]
+    if spec.gateway_port:
+        ports.append(("--gateway", spec.gateway_port))
+    for option, port in ports:
+        if port > _LAST_PORT:
+            raise CliError(f"{option}: port {port} is above {_LAST_PORT}", exit_status=2)
+        if option == "--gateway" and ("--port", port) in ports:
+            raise CliError(f"{option}: port {port} is that of a router", exit_status=2)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise CliError(
-                    f"port {port}: {error.strerror}", hint="choose another with --port; 0 picks one"
+                    f"port {port}: {error.strerror}", hint=f"choose another with {option}; 0 picks one"
                 ) from error
 
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
@@ -17,6 +18,8 @@ from ascendra.cli.options import DEFAULT_ADDRESS, CliError, Commands
 _ECHO_S = 1.0
 """Wrappers such as `timeout` pass Ctrl-C on although the terminal has sent it already."""
 MODEL_VARIABLE = "ASCENDRA_MODEL"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+"""Name of a model of the Hugging Face hub."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -76,7 +79,8 @@ def cluster_spec(
         raise CliError("--lp and --routers must be at least 1", exit_status=2)
     model = Path(arguments.model) if arguments.model else None
     if model is not None and not model.is_dir():
-        raise CliError(f"--model: {model} is not a directory", exit_status=2)
+        hint = f"hf download {model} --local-dir DIR, then --model DIR" if _HUB_NAME.fullmatch(str(model)) else ""
+        raise CliError(f"--model: {model} is not a directory", hint=hint, exit_status=2)
     return ClusterSpec(
         lp=arguments.lp,
         hp=arguments.hp,

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from services.common import errors
 from services.common.access import Authorize
 from services.common.channels import SERVER_OPTIONS
+from services.common.listening import CannotListen, bind
 from services.common.logging import get_logger
 from services.common.tls import PLAINTEXT, TlsConfig, grpc_server_credentials, is_local
 
@@ -64,6 +65,7 @@ async def start_grpc_server(
 
     Raises:
         ValueError: the certificates cannot be used.
+        CannotListen: the address cannot be had.
     """
     encrypted = tls.serves and not listen.startswith("unix:")
     if not encrypted and not is_local(listen):
@@ -75,10 +77,13 @@ async def start_grpc_server(
     health_servicer = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    if encrypted:
-        port = server.add_secure_port(listen, grpc_server_credentials(tls))
-    else:
-        port = server.add_insecure_port(listen)
+    if not (listen.startswith("unix:") or reuse_port):
+        bind(listen).close()  # gRPC does not say why it cannot
+    credentials = grpc_server_credentials(tls) if encrypted else None
+    try:
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise CannotListen(f"{listen}: {str(error).partition(';')[0]}") from error
     await server.start()
     address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
     started = GrpcServer(server, address, health_servicer, services)

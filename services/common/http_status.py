@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from services.common.listening import bind
+
 
 class HttpStatus:
     """A running HTTP server with health and metrics."""
@@ -30,7 +32,7 @@ class HttpStatus:
 async def start_http_status(
     listen: str, is_ready: Callable[[], bool], *, registry: CollectorRegistry = REGISTRY
 ) -> HttpStatus:
-    """Serve on host:port (port 0 picks one). `is_ready` answers /health: 200 or 503."""
+    """Serve on host:port (port 0 picks one). `is_ready` answers /health: 200 or 503. Raises CannotListen."""
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n") if is_ready() else PlainTextResponse("not ready\n", status_code=503)
@@ -44,19 +46,16 @@ async def start_http_status(
     routes = [Route(path, health) for path in ("/health", "/healthz", "/readyz")]
     routes += [Route(path, live) for path in ("/live", "/livez")]
     routes.append(Route("/metrics", metrics))
-    host, _, port = listen.rpartition(":")
-    config = uvicorn.Config(
-        Starlette(routes=routes), host=host, port=int(port), log_config=None, access_log=False, lifespan="off"
-    )
+    listener = bind(listen)  # uvicorn would end the process where it cannot
+    config = uvicorn.Config(Starlette(routes=routes), log_config=None, access_log=False, lifespan="off")
     server = _Server(config)
-    task = asyncio.create_task(server.serve(), name="http-status")
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="http-status")
     while not server.started:
         if task.done():
             task.result()  # raises why it could not start
             raise RuntimeError(f"cannot serve HTTP on {listen}")
         await asyncio.sleep(0.005)
-    bound = server.servers[0].sockets[0].getsockname()
-    return HttpStatus(server, task, f"{host}:{bound[1]}")
+    return HttpStatus(server, task, f"{listen.rpartition(':')[0]}:{listener.getsockname()[1]}")
 
 
 class _Server(uvicorn.Server):

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import orjson
 import uvloop
 
+from services.common.listening import CannotListen
 from services.common.logging import get_logger
 
 log = get_logger()
@@ -22,7 +23,8 @@ OPEN_FILES = 1 << 16
 def run_service(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Run `main(stop)` on uvloop; SIGTERM and SIGINT set `stop`. Returns the exit status of `main`.
 
-    `main` drains when `stop` is set; a second signal ends the process at once with status 1.
+    `main` drains when `stop` is set; a second signal ends the process at once with status 1. An address that cannot
+    be had is status 2.
     """
 
     allow_open_files(OPEN_FILES)
@@ -40,7 +42,11 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ask_to_stop, number)
-        return await main(stop)
+        try:
+            return await main(stop)
+        except CannotListen as error:
+            log.error("cannot_listen", problem=str(error))
+            return 2
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())

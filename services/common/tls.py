@@ -11,6 +11,7 @@ import grpc
 
 from ascendra.tls import Stamp, Tls, file_stamp
 from services.common.config import option
+from services.common.listening import host_and_port
 from services.common.logging import get_logger
 
 log = get_logger()
@@ -52,7 +53,15 @@ PLAINTEXT = TlsConfig()
 
 
 def check_listener(listen: str, tls: TlsConfig, insecure: bool) -> None:
-    """Raise ValueError for a plaintext listener that other machines can reach, unless that is explicitly wanted."""
+    """Raise ValueError for a plaintext listener that other machines can reach, unless that is explicitly wanted.
+
+    Also for what is neither host:port nor unix:PATH.
+    """
+    if not listen.startswith("unix:"):
+        try:
+            host_and_port(listen)
+        except ValueError as error:
+            raise ValueError(f"listen: {error}; or unix:PATH") from error
     if not (tls.serves or insecure or is_local(listen)):
         raise ValueError(
             f"listen: {listen} can be reached from other machines in plaintext; set tls (cert, key, ca), "

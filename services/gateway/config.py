@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.common.config import option
+from services.common.listening import check_http_address
 from services.common.tls import TlsConfig
 from services.gateway.http_guard import HttpLimits
 
@@ -45,6 +46,7 @@ class GatewayConfig:
     drain_timeout_s: float = option(30.0, "time that requests get to finish after SIGTERM, in seconds")
 
     def __post_init__(self) -> None:
+        check_http_address("listen", self.listen)
         if bool(self.https_cert) != bool(self.https_key):
             raise ValueError("https-cert and https-key belong together")
         if not 0 <= self.trace_sample_ratio <= 1:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from services.common.listening import bind
 from services.gateway.http_guard import HttpLimits, guarded_protocol
 
 
@@ -47,18 +47,8 @@ async def start_http_server(
     limits: HttpLimits | None = None,
     https: ssl.SSLContext | None = None,
 ) -> HttpServer:
-    """Serve on host:port (port 0 picks one). Raises OSError when the port cannot be had."""
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if reuse_port:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listener.bind((host, int(port)))
-    except OSError:
-        listener.close()
-        raise
+    """Serve on host:port (port 0 picks one). Raises CannotListen."""
+    listener = bind(listen, reuse_port=reuse_port)
     config = uvicorn.Config(
         app,
         http=guarded_protocol(limits or HttpLimits()),

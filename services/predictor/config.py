@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import option
+from services.common.listening import check_http_address
 from services.common.tls import TlsConfig, check_listener
 from services.policy.step_time import PROFILES, StepTimeModel
 
@@ -27,6 +28,8 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         check_listener(self.listen, self.tls, self.insecure)
+        if self.metrics_listen:
+            check_http_address("metrics-listen", self.metrics_listen)
         if self.publish_interval_s <= 0 or self.forget_after_s <= 0 or self.max_workers < 1:
             raise ValueError("publish-interval-s, forget-after-s and max-workers must be above 0")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.common.config import option
+from services.common.listening import check_http_address
 from services.common.tls import TlsConfig, check_listener
 from services.policy.admission import AdmissionPolicy
 from services.policy.kv_move import KvMovePolicy
@@ -186,6 +187,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_listener(self.listen, self.tls, self.insecure)
+        if self.metrics_listen:
+            check_http_address("metrics-listen", self.metrics_listen)
         if not 0 <= self.trace_sample_ratio <= 1:
             raise ValueError("trace-sample-ratio must be from 0 to 1")
         if "default" not in self.slo_classes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.common.config import ConfigError, option
+from services.common.listening import check_http_address
 from services.common.tls import TlsConfig, check_listener
 from services.policy.state import Role
 from services.policy.step_time import PROFILES, StepTimeModel
@@ -87,6 +88,8 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         check_listener(self.listen, self.tls, self.insecure)
+        if self.metrics_listen:
+            check_http_address("metrics-listen", self.metrics_listen)
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_live_requests", "heartbeat_ms")
         for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:

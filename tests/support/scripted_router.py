@@ -139,6 +139,8 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_gr
     """Sessions opened so far."""
     time_remaining_s: list[float] = field(default_factory=list)
     """Time left to the gRPC deadline when a Generate call arrived, in seconds."""
+    status_pause_s: float = 0.0
+    """Time that a status takes, in seconds."""
     address: str = ""
     _server: GrpcServer | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -240,6 +242,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_gr
 
     async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Any) -> cluster_pb2.GetStatusResponse:
         """Return two workers."""
+        await asyncio.sleep(self.status_pause_s)
         return self._status()
 
     async def WatchStatus(

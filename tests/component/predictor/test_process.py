@@ -3,11 +3,14 @@
 import asyncio
 import json
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 
 import httpx
 import psutil
+import pytest
 
 from ascendra.cli.tether import tethered
 from ascendra.v1 import common_pb2, predictor_pb2, predictor_pb2_grpc
@@ -50,3 +53,15 @@ async def test_starts_serves_and_stops_with_a_watcher_open() -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--metrics-listen"])
+def test_a_port_in_use_is_one_line(flag: str) -> None:
+    """It is named, with why, and the status is that of a wrong configuration."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "services.predictor", *PORTS, flag, address]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert json.loads(line)["problem"] == f"{address}: Address already in use"

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -62,6 +63,70 @@ async def test_a_closed_session_fails_its_requests() -> None:
         with pytest.raises(ascendra.UnavailableError, match="closed"):
             await session.generate("x")
         await router.until_cancelled("r1")
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_many_requests_of_a_session_outlive_a_router_that_is_down(others: int) -> None:
+    """However many wait to be sent, each goes on to a router that is up, or fails long before its time limit."""
+    down = ScriptedRouter(counting(1))
+    await down.start()
+    await down.stop()
+    async with scripted.serve(counting(2)) as up:
+        addresses = [down.address, up.address][: 1 + others]
+        async with AsyncClient(addresses) as client, client.session() as session, asyncio.timeout(60):
+            requests = [session.generate("x", timeout_s=100) for _ in range(1500)]
+            outcomes = await asyncio.gather(*requests, return_exceptions=True)
+    if others:
+        assert {outcome.text for outcome in outcomes if not isinstance(outcome, BaseException)} == {" 0 1"}
+    expected = ascendra.Completion if others else ascendra.UnavailableError
+    assert {type(outcome) for outcome in outcomes} == {expected}
+
+
+@pytest.mark.parametrize("kind", ["stream", "session", "status", "watch"])
+async def test_a_closed_client_ends_its_calls(kind: str) -> None:
+    """Whatever is in flight fails at once and is cancelled on the server, and nothing works after it."""
+    received = asyncio.Event()
+    async with scripted.serve(counting(1000, pause_s=0.01)) as router:
+        client = AsyncClient(router.address, retry=ascendra.RetryPolicy(initial_backoff_s=30, max_backoff_s=30))
+        requests = client.session() if kind == "session" else client
+
+        async def use() -> None:
+            if kind == "status":
+                router.status_pause_s = 60
+                received.set()
+                await client.status()
+            elif kind == "watch":
+                async for _ in client.watch_status(60):
+                    received.set()
+            else:
+                async for chunk in requests.stream("x", request_id="r1"):
+                    if chunk.token_ids:
+                        received.set()
+
+        async with asyncio.timeout(2):
+            using = asyncio.create_task(use())
+            await received.wait()
+            await client.close()
+            with pytest.raises(ascendra.UnavailableError, match="the client is closed"):
+                await using
+            if kind in ("stream", "session"):
+                await router.until_cancelled("r1")
+            for call in (requests.generate("x", request_id="r2"), client.status(), anext(client.watch_status())):
+                with pytest.raises(ascendra.UnavailableError, match="the client is closed") as caught:
+                    await call
+                assert caught.value.request_id in ("r2", "")
+
+
+async def test_a_cancellation_by_the_caller_stays_one_when_the_client_is_closed() -> None:
+    """It is told from the one that closing makes."""
+    async with scripted.serve(scripted.always(Pause(60))) as router:
+        client = AsyncClient(router.address)
+        waiting = asyncio.create_task(client.generate("x"))
+        await router.until(lambda router: bool(router.requests))
+        waiting.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
 
 async def test_text_and_tokens() -> None:
@@ -157,6 +222,65 @@ def test_the_blocking_client_does_the_same(router_in_a_thread: ScriptedRouter) -
         with pytest.raises(ascendra.NotFoundError):
             client.explain("nothing")
     assert "left" in router_in_a_thread.cancelled
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_blocking_client_may_be_closed_by_another_thread(router_in_a_thread: ScriptedRouter, others: int) -> None:
+    """Threads that wait for it get an error, at once, whether or not another client goes on using the loop."""
+    router_in_a_thread.script = scripted.always(tokens(0, 0), Pause(60))
+    errors: list[BaseException] = []
+    started = threading.Event()
+
+    def generate() -> None:
+        try:
+            client.generate("x")
+        except BaseException as error:
+            errors.append(error)
+
+    def stream() -> None:
+        try:
+            for _ in client.stream("x"):
+                started.set()
+        except BaseException as error:
+            errors.append(error)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(Client(router_in_a_thread.address))
+        client = Client(router_in_a_thread.address)
+        threads = [threading.Thread(target=target, daemon=True) for target in (generate, stream)]
+        for thread in threads:
+            thread.start()
+        assert started.wait(10)
+        begun_s = time.monotonic()
+        client.close()
+        for thread in threads:
+            thread.join(2)
+        assert time.monotonic() - begun_s < 2
+        assert [str(error) for error in errors] == ["the client is closed"] * 2
+        with pytest.raises(ascendra.UnavailableError, match="the client is closed"):
+            client.generate("x")
+        with pytest.raises(ascendra.UnavailableError, match="the client is closed"):
+            list(client.stream("x"))
+
+
+def test_a_blocking_client_that_waits_to_repeat_is_closed_too() -> None:
+    """The end of the loop ends what is in no call just then."""
+    errors: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            client.generate("x")
+        except BaseException as error:
+            errors.append(error)
+
+    client = Client("127.0.0.1:1", retry=ascendra.RetryPolicy(initial_backoff_s=60, max_backoff_s=60))
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    time.sleep(0.5)
+    client.close()
+    thread.join(2)
+    assert [str(error) for error in errors] == ["the client is closed"]
 
 
 def test_an_interrupt_of_the_blocking_client_cancels_on_the_server(

@@ -1,17 +1,21 @@
 """The commands that talk to a router, over a real socket."""
 
+import asyncio
 import importlib.metadata
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ascendra.cli import main
-from ascendra.v1 import inference_pb2
+from ascendra.cli.cluster import ClusterSpec, LocalCluster
+from ascendra.cli.options import CliError
+from ascendra.v1 import cluster_pb2, inference_pb2
 from services.common import errors
 from tests.support import scripted_router as scripted
-from tests.support.scripted_router import Fail, ScriptedRouter
+from tests.support.scripted_router import Fail, ScriptedRouter, counting
 
 
 @pytest.fixture
@@ -100,7 +104,8 @@ def test_role_and_drain(address: list[str], capsys: pytest.CaptureFixture[str]) 
     """A worker's role is changed, or it is drained, by its id."""
     assert main(["role", "w1", "low", *address]) == 0
     assert main(["drain", "w0", "--timeout-s", "2", *address]) == 0
-    assert capsys.readouterr().out == "w1: low\nw0: draining, 3 requests left\n"
+    assert main(["drain", "w0", "--timeout-s", "0", *address]) == 0
+    assert capsys.readouterr().out == "w1: low\n" + 2 * "w0: draining, 3 requests left\n"
 
 
 def test_failures_are_one_line_a_hint_and_a_status(
@@ -137,16 +142,92 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("seconds", ["-1", "inf", "nan"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["status", "--interval-s"], "interval_s"),
+        (["status", "--json", "--interval-s"], "interval_s"),
+        (["drain", "w0", "--timeout-s"], "timeout_s"),
+        (["generate", "x", "--timeout-s"], "timeout_s"),
+    ],
+)
+def test_an_impossible_time_is_refused(
+    command: list[str], name: str, seconds: str, address: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that names it."""
+    assert main([*command[:-1], f"{command[-1]}={seconds}", *address]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {name}: must be above 0 seconds, got {seconds}"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """The SDK's version is printed."""
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith(f"ascendra {importlib.metadata.version('ascendra')}\n")
 
 
+@pytest.mark.parametrize("option", ["--port", "--gateway"])
 def test_up_says_which_port_is_taken(
-    router_in_a_thread: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    router_in_a_thread: ScriptedRouter, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A port in use is reported before anything starts."""
     port = router_in_a_thread.address.rpartition(":")[2]
-    assert main(["up", "--port", port, "--work-dir", str(tmp_path)]) == 1
-    assert f"error: port {port}: Address already in use" in capsys.readouterr().err
+    assert main(["up", "--port", "0", option, port, "--work-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: port {port}: Address already in use\nhint: choose another with {option}; 0 picks one\n"
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        (["--port", "70000"], "--port: port 70000 is above 65535"),
+        (["--port", "65535", "--routers", "2"], "--port: port 65536 is above 65535"),
+        (["--port", "0", "--gateway", "70000"], "--gateway: port 70000 is above 65535"),
+        (["--port", "7154", "--routers", "2", "--gateway", "7155"], "--gateway: port 7155 is that of a router"),
+    ],
+)
+def test_up_refuses_impossible_ports(
+    ports: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before anything starts."""
+    assert main(["up", *ports, "--work-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+class LockedRouter(ScriptedRouter):
+    """Answers only those who show a key."""
+
+    async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Any) -> cluster_pb2.GetStatusResponse:
+        """Refuse."""
+        raise errors.Unauthenticated("a valid API key is required")
+
+
+async def test_up_says_that_the_routers_ask_for_a_key(tmp_path: Path) -> None:
+    """At once: no worker has to do with it."""
+    router = LockedRouter(counting(1))
+    await router.start()
+    try:
+        spec = ClusterSpec(lp=1, hp=0, engine="emulated", routers=1, port=0, work_dir=tmp_path)
+        cluster = LocalCluster(spec, print)
+        cluster.addresses = {"router-0": router.address}
+        async with asyncio.timeout(10):
+            with pytest.raises(CliError, match="router-0: a valid API key is required") as caught:
+                await cluster._attached()
+        assert "api-keys-file" in caught.value.hint
+    finally:
+        await router.stop()
+
+
+def test_up_says_how_to_get_a_model_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name of the Hugging Face hub is no folder; what can only be a folder gets no such advice."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["up", "--model", "org/some-model_1.5B"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --model: org/some-model_1.5B is not a directory\n"
+        "hint: hf download org/some-model_1.5B --local-dir DIR, then --model DIR\n"
+    )
+    for folder in ("/nowhere/model", "../model", "a/b/c", "model"):
+        assert main(["up", "--model", folder]) == 2
+        assert "hint" not in capsys.readouterr().err

@@ -69,3 +69,13 @@ def test_a_broken_authority_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "ca.key").write_text("no key")
     assert main(["certs", "--out", str(tmp_path)]) == 1
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("days", ["1e9", "1e7", "inf"])
+def test_a_validity_beyond_the_calendar_is_refused(
+    days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that names it."""
+    assert main(["certs", "--out", str(tmp_path), "--days", days]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --days: ")

@@ -35,6 +35,7 @@ def test_absent_sampling_parameters_stay_absent() -> None:
         (None, {"messages": [{"role": "user"}]}, r"messages\[0\]: 'content' is missing"),
         ("a", {"slo": Slo(ttft_ms=-1)}, "slo.ttft_ms: must be above 0 milliseconds, got -1"),
         ("a", {"slo": Slo(tbt_ms=float("nan"))}, "slo.tbt_ms"),
+        ("a", {"timeout_s": 0.0}, "timeout_s: must be above 0 seconds, got 0"),
         ("a", {"on_overload": "drop"}, "on_overload: must be one of relegate, refuse, got 'drop'"),
         ("a", {"priority": "high"}, "priority"),
         ("a", {"sampling": SamplingParams(max_tokens=-1)}, "sampling.max_tokens"),
@@ -62,11 +63,18 @@ def test_messages_may_be_mappings() -> None:
     assert [(message.role, message.content) for message in chat.messages] == [("system", "be brief"), ("user", "hi")]
 
 
-def test_timeouts_are_whole_milliseconds() -> None:
-    """A limit is rounded up, is at least one, and fits its field."""
-    assert wire.timeout_ms(0.0001) == 1
-    assert wire.timeout_ms(1.2341) == 1235
-    assert wire.timeout_ms(1e12) == 2**32 - 1
+def test_times_are_whole_milliseconds() -> None:
+    """A time is rounded up, is at least one, and fits its field."""
+    assert wire.milliseconds("timeout_s", 1e-300) == 1
+    assert wire.milliseconds("timeout_s", 1.2341) == 1235
+    assert wire.milliseconds("timeout_s", 1e308) == 2**32 - 1
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+    """By the name of its field."""
+    with pytest.raises(InvalidArgumentError, match=f"interval_s: must be above 0 seconds, got {seconds:g}"):
+        wire.milliseconds("interval_s", seconds)
 
 
 def test_an_empty_objective_is_that_of_the_class() -> None:
