@@ -28,7 +28,8 @@ class RetryPolicy:
             others: routers not tried since the last progress.
             jitter: uniform in [0, 1).
         """
-        allowed = error.code is grpc.StatusCode.UNAVAILABLE if started else error.retry_safe
+        # What is safe to send again is safe to go on with: a full router refuses a resumed stream as well.
+        allowed = error.retry_safe or (started and error.code is grpc.StatusCode.UNAVAILABLE)
         if not allowed or error.reason == CLOSED or failures >= self.max_attempts:
             return None
         if error.reason == CONNECTION_LOST and others > 0:

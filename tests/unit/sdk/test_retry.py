@@ -15,10 +15,11 @@ def test_only_safe_failures_are_repeated_before_the_first_token() -> None:
     assert POLICY.wait_s(ResourceExhaustedError("x", retry_safe=True), 1, started=False, others=0, jitter=0) is not None
 
 
-def test_only_outages_are_resumed_after_the_first_token() -> None:
-    """A stream goes on where the serving side was lost, not where it refused."""
+def test_outages_and_safe_refusals_are_resumed_after_the_first_token() -> None:
+    """A stream goes on where the serving side was lost, and where a router says that it may be asked again."""
     assert POLICY.wait_s(UnavailableError("x"), 1, started=True, others=0, jitter=0) is not None
-    assert POLICY.wait_s(ResourceExhaustedError("x", retry_safe=True), 1, started=True, others=0, jitter=0) is None
+    assert POLICY.wait_s(ResourceExhaustedError("x", retry_safe=True), 1, started=True, others=0, jitter=0) is not None
+    assert POLICY.wait_s(ResourceExhaustedError("x"), 1, started=True, others=0, jitter=0) is None
 
 
 def test_another_router_is_tried_at_once() -> None:

@@ -96,9 +96,9 @@ def test_whoever_reads_its_kv_has_its_place_while_others_pause(asynchronous: boo
     for _ in range(5):
         scheduler.add_request(make_request(20))
     step(scheduler)
-    where: dict[str, Any] = {"remote_block_ids": [list(range(1, 9))], "remote_engine_id": "there", "remote_request_id": "x"}
+    where: dict[str, Any] = {"remote_block_ids": [list(range(1, 9))], "remote_request_id": "x"}
     where |= {"do_remote_prefill": True, "do_remote_decode": False}
-    where |= {"remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1}
+    where |= {"remote_engine_id": "there", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1}
     moved = make_request(128, kv=where, generated_tokens=5, last_token_s=time.monotonic())
     scheduler.add_request(moved)
     scheduler.add_request(make_request(5000, ttft_s=60.0))
