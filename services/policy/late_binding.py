@@ -6,6 +6,7 @@ prompt of which an instance holds the beginning waits for that one as long as it
 """
 
 import enum
+import heapq
 import math
 from bisect import bisect, insort
 from collections import deque
@@ -123,6 +124,8 @@ class _Round:
 
 _Ranked = tuple[OrderKey, QueuedRequest]
 _OVERDUE = "relegated; overdue"
+_COMPARED = 16
+"""Most instances that one round looks at, those with least to do, so that a request does not cost (all instances)."""
 
 
 class WaitingSet:
@@ -223,6 +226,8 @@ class WaitingSet:
                 bindings += self._draw_urgent(instance, now_s)
         round_ = _Round(pool, now_s)
         takes = self._takers(round_.split)
+        if len(instances) > _COMPARED:
+            instances = heapq.nsmallest(_COMPARED, filter(takes, instances), key=_work)
         for request, rule in self._in_turn(now_s):
             fits = [(self._fit(request, one, now_s), one) for one in instances if takes(one)]
             if rule != _OVERDUE:
@@ -288,7 +293,8 @@ class WaitingSet:
             return self._fit(request, one, round_.now_s).done_s + wanted_s.get(one.view.worker_id, 0.0)
 
         has_room = {one.view.worker_id for one in open_}
-        best = min((one for one in round_.pool if one.view.worker_id in has_room or round_.will_draw(one)), key=done_s)
+        holders = (one for one in round_.pool if self._finds.tokens(request, one.view) and round_.will_draw(one))
+        best = min((*open_, *holders), key=done_s)
         if done_s(best) >= done_s(instance):
             return instance
         worker_id = best.view.worker_id

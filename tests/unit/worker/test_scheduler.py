@@ -1,6 +1,9 @@
 """Our scheduler over vLLM's own, without a model: only what it schedules is computed, by nobody."""
 
+import multiprocessing
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -89,10 +92,21 @@ def step(scheduler: Any, *, read: tuple[str, ...] = ()) -> Any:
     return output
 
 
+def in_a_process(run: Callable[..., None], *arguments: object) -> None:
+    """Run something by itself: NIXL aborts a process that has loaded other libraries' copies of what it brings."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(run, *arguments).result(120)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_whoever_reads_its_kv_has_its_place_while_others_pause(asynchronous: bool, tmp_path: Path) -> None:
     """It starts by itself once its KV is there: the paused prefill, which comes back, still finds a place too."""
-    scheduler = make_scheduler(tmp_path, asynchronous=asynchronous)
+    in_a_process(moved_beside_a_paused_prefill, asynchronous, tmp_path)
+
+
+def moved_beside_a_paused_prefill(asynchronous: bool, scratch: Path) -> None:
+    """Let a request read its KV while a long prompt is paused for short ones that take every slot."""
+    scheduler = make_scheduler(scratch, asynchronous=asynchronous)
     for _ in range(5):
         scheduler.add_request(make_request(20))
     step(scheduler)
@@ -112,12 +126,11 @@ def test_whoever_reads_its_kv_has_its_place_while_others_pause(asynchronous: boo
     assert started
 
 
-def test_a_step_waits_for_few_look_ups(tmp_path: Path) -> None:
+def test_a_step_waits_for_few_look_ups() -> None:
     """Many long prompts that share their beginning are not all looked up at once, but all of them in time."""
     from services.worker.engine.core.prefix_lookup import PrefixLookup
 
-    scheduler = make_scheduler(tmp_path, asynchronous=False)
-    lookup, walked = PrefixLookup(scheduler.kv_cache_manager), []
+    lookup, walked = PrefixLookup(None), []
 
     def slow(request: Any) -> int:
         walked.append(request.request_id)
