@@ -32,6 +32,7 @@ _LOOK_S = 1.0
 @dataclass(slots=True)
 class _Parked:
     request: LiveRequest
+    since_s: float
     until_s: float
 
 
@@ -305,6 +306,7 @@ class Dispatcher:
             if not any(link.takes_requests(now_s) for link in self.links()):
                 break  # a circuit lets one through as a trial: the others wait on
             del self._parked[request_id]
+            parked.request.parked_s += now_s - parked.since_s
             self.place(parked.request, "move" if parked.request.moves else "place", why)
         metrics.PARKED.set(len(self._parked))
 
@@ -337,7 +339,8 @@ class Dispatcher:
     # How it is done.
 
     def _park(self, request: LiveRequest, now_s: float) -> None:
-        self._parked[request.spec.request_id] = _Parked(request, now_s + self.config.no_worker_wait_s)
+        left_s = max(self.config.no_worker_wait_s - request.parked_s, 0.0)
+        self._parked[request.spec.request_id] = _Parked(request, now_s, now_s + left_s)
         metrics.PARKED.set(len(self._parked))
         self.history.note(request, "park", "no worker takes requests")
 

@@ -127,7 +127,8 @@ class LiveRequest:
     __slots__ = (
         "_delivering", "_first_pool", "_gaps", "_max_tokens", "_open", "_prefill_s", "arrival_s", "attempt", "attempts",
         "cached_prompt_tokens", "decisions", "first_token_s", "generated", "hops", "last_gap_s", "last_token_s",
-        "moves", "prefix", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text", "trace",
+        "moves", "parked_s", "prefix", "relegated", "reliefs", "resumed_tokens", "sink", "spec", "state", "text",
+        "trace",
     )  # fmt: skip
 
     def __init__(
@@ -159,6 +160,8 @@ class LiveRequest:
         """Offloads so far."""
         self.moves = 0
         """Attempts that ended because of their worker."""
+        self.parked_s = 0.0
+        """Time that it has waited, since its last token, while no worker took requests."""
         self.reliefs = 0
         """Moves because its worker would have broken its cadence."""
         self.relegated = False

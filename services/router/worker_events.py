@@ -146,6 +146,7 @@ class WorkerEvents:
         """Take note of an attempt's first token."""
         request = placed.request
         placed.delivered = True
+        request.parked_s = 0.0
         link.instance.first_token(placed)
         link.breaker.succeeded()
         if request.trace is not None:

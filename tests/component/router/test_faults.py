@@ -250,6 +250,20 @@ async def test_a_parked_request_is_served_when_the_circuit_lets_one_through(toke
         assert [one.token_ids for one in await asyncio.wait_for(asyncio.gather(*tasks), 5)] == [EXPECTED[:8]] * 3
 
 
+async def test_trials_in_between_do_not_prolong_the_wait_for_a_worker(tokenizer_directory: Path) -> None:
+    """Whoever is a trial and fails waits on, for as long as it had left."""
+    worker = ScriptedWorker()
+    worker.refuse = (13, "internal error", "INTERNAL")
+    keys = {"breaker_failures": 1, "breaker_open_s": 0.3, "no_worker_wait_s": 0.7, "max_moves": 50}
+    async with cluster(tokenizer_directory, worker, **keys) as router:
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(router.collect(text_request()), 10)
+        assert status_of(caught.value) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER", "true")
+        assert asyncio.get_running_loop().time() - began_s < 1.3
+    assert len(worker.submitted) == 2
+
+
 async def test_time_limits_hold(tokenizer_directory: Path) -> None:
     """timeout_ms and the call's deadline end a request, which is aborted at the worker."""
     worker = ScriptedWorker()

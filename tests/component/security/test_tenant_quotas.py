@@ -34,7 +34,8 @@ async def refused(call: Any) -> ResourceExhaustedError:
 async def test_requests_at_once(defended: Defended) -> None:
     """One request more than allowed is refused until one ends, however it ends; other tenants do not notice."""
     tenants = {"a": Tenant(quota=Quota(concurrent_requests=2))}
-    async with defended(tenants=tenants) as fortress, fortress.client("a") as a, fortress.client("b") as b:
+    keys = {"tenants": tenants, "breaker_failures": 100}
+    async with defended(**keys) as fortress, fortress.client("a") as a, fortress.client("b") as b:
         a._retry = RetryPolicy(max_attempts=1)
         fortress.worker.hold = True
         first, second = (asyncio.create_task(a.generate("x", sampling=SAMPLING)) for _ in range(2))
