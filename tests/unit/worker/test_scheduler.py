@@ -138,10 +138,10 @@ def test_a_step_waits_for_few_look_ups() -> None:
         return 0
 
     lookup._look_up = slow  # type: ignore[method-assign]
-    requests = [make_request(20) for _ in range(30)]
-    for number in range(30):
+    requests = [make_request(20) for _ in range(60)]
+    for number in range(60):  # 1.8 s: those in front are due again before those behind were asked
         before = len(walked)
         for request in requests:
-            lookup.computed_tokens(request, 100.0 + number / 100)
+            lookup.computed_tokens(request, 100.0 + 0.03 * number)
         assert len(walked) - before <= 2
     assert set(walked) == {request.request_id for request in requests}

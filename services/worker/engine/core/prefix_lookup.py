@@ -20,6 +20,8 @@ class PrefixLookup:
         """By request: when it was looked up, and the tokens."""
         self._step_s = 0.0
         self._left_s = _MOST_S
+        self._some_wait = self._some_waited = False
+        """Some found no time for their first look-up in this step; in the one before: they go before any second one."""
 
     def computed_tokens(self, request: Request, now_s: float) -> int:
         """Return how many tokens of a request need not be computed: they are, or the cache holds them.
@@ -32,7 +34,11 @@ class PrefixLookup:
         asked_s, tokens = self._found.get(request.request_id, (-_ASKED_ANEW_S, 0))
         if now_s != self._step_s:
             self._step_s, self._left_s = now_s, _MOST_S
-        if now_s - asked_s >= _ASKED_ANEW_S and self._left_s > 0:
+            self._some_wait, self._some_waited = False, self._some_wait
+        first = request.request_id not in self._found
+        if first and self._left_s <= 0:
+            self._some_wait = True
+        elif now_s - asked_s >= _ASKED_ANEW_S and self._left_s > 0 and (first or not self._some_waited):
             began_s = time.perf_counter()
             tokens = self._look_up(request)
             self._left_s -= time.perf_counter() - began_s
