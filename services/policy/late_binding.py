@@ -17,6 +17,7 @@ from typing import Protocol
 
 from services.policy.fit import Fit, OrderKey, fit, place_in_order
 from services.policy.order import OrderPolicy
+from services.policy.placement import COMPARED
 from services.policy.prefill import PrefillPace, instance_pace
 from services.policy.prefix_finds import PrefixFinds
 from services.policy.relegation import LATE, NONE, RelegatedTurns, late, moore_hodgson
@@ -124,8 +125,6 @@ class _Round:
 
 _Ranked = tuple[OrderKey, QueuedRequest]
 _OVERDUE = "relegated; overdue"
-_COMPARED = 16
-"""Most instances that one round looks at, those with least to do, so that a request does not cost (all instances)."""
 
 
 class WaitingSet:
@@ -205,7 +204,7 @@ class WaitingSet:
             self._new.clear()
             return []
         self._ranked_s = now_s
-        relegated = self._relegate(pool, pace, now_s)
+        relegated = self._relegate(pool, now_s)
         requests = [request for _, request in self._ranked] + self._new
         self._new.clear()
         self._ranked = sorted((self._entry(request, pace, now_s) for request in requests), key=_key)
@@ -226,8 +225,8 @@ class WaitingSet:
                 bindings += self._draw_urgent(instance, now_s)
         round_ = _Round(pool, now_s)
         takes = self._takers(round_.split)
-        if len(instances) > _COMPARED:
-            instances = heapq.nsmallest(_COMPARED, filter(takes, instances), key=_work)
+        if len(instances) > COMPARED:
+            instances = heapq.nsmallest(COMPARED, filter(takes, instances), key=_work)
         for request, rule in self._in_turn(now_s):
             fits = [(self._fit(request, one, now_s), one) for one in instances if takes(one)]
             if rule != _OVERDUE:
@@ -238,7 +237,7 @@ class WaitingSet:
             if not best.pays:
                 continue
             if request.computed_tokens and not request.relegated:
-                known = self._where_known(request, instance, [one for _, one in fits], round_)
+                known = self._where_known(request, instance, fits, round_)
                 if known is None:
                     continue
                 instance = known
@@ -278,29 +277,30 @@ class WaitingSet:
             yield request, "relegated; there is room behind all others"
 
     def _where_known(
-        self, request: QueuedRequest, instance: Instance, open_: Sequence[Instance], round_: "_Round"
+        self, request: QueuedRequest, instance: Instance, fits: Sequence[tuple[Fit, Instance]], round_: _Round
     ) -> Instance | None:
         """Return where a request of known prefix goes: where it is soonest done, with all that wants to go there.
 
         None: it waits for an instance that has no room yet, and is counted there.
 
         Args:
-            open_: those that have room for it, `instance` the best of them otherwise.
+            fits: how it does on those that have room for it, `instance` the best of them otherwise.
         """
-        wanted_s = round_.wanted_s
-
-        def done_s(one: Instance) -> float:
-            return self._fit(request, one, round_.now_s).done_s + wanted_s.get(one.view.worker_id, 0.0)
-
-        has_room = {one.view.worker_id for one in open_}
-        holders = (one for one in round_.pool if self._finds.tokens(request, one.view) and round_.will_draw(one))
-        best = min((*open_, *holders), key=done_s)
-        if done_s(best) >= done_s(instance):
+        wanted_s, finds = round_.wanted_s, self._finds
+        done_s = {one.view.worker_id: fit.done_s + wanted_s.get(one.view.worker_id, 0.0) for fit, one in fits}
+        by_id = {one.view.worker_id: one for _, one in fits}
+        has_room = set(by_id)
+        for one in round_.pool:
+            worker_id = one.view.worker_id
+            if worker_id not in by_id and finds.tokens(request, one.view) and round_.will_draw(one):
+                by_id[worker_id] = one
+                done_s[worker_id] = self._fit(request, one, round_.now_s).done_s + wanted_s.get(worker_id, 0.0)
+        best = min(done_s, key=done_s.__getitem__)
+        if done_s[best] >= done_s[instance.view.worker_id]:
             return instance
-        worker_id = best.view.worker_id
-        if worker_id in has_room:
-            return best
-        wanted_s[worker_id] = wanted_s.get(worker_id, 0.0) + self._work_s(request, best)
+        if best in has_room:
+            return by_id[best]
+        wanted_s[best] = wanted_s.get(best, 0.0) + self._work_s(request, by_id[best])
         return None
 
     def _bind(self, request: QueuedRequest, instance: Instance, split: bool, rule: str) -> Binding:
@@ -328,7 +328,7 @@ class WaitingSet:
     def _room_s(self, instance: Instance) -> float:
         return self.policy.committed_steps * instance.pace.capacity_s
 
-    def _relegate(self, pool: Sequence[Instance], pace: PrefillPace, now_s: float) -> list[QueuedRequest]:
+    def _relegate(self, pool: Sequence[Instance], now_s: float) -> list[QueuedRequest]:
         """Move the requests that no instance by itself could serve in time to the late ones; return them."""
         if self.order.relegation == NONE:
             return []

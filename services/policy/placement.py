@@ -10,6 +10,9 @@ from services.policy.prefill import instance_pace, newcomer_work_s, step_in_prog
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.token_budget import BudgetPolicy
 
+COMPARED = 16
+"""Most instances that one decision looks at, so that its cost does not grow with the cluster."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementPolicy:
@@ -26,7 +29,7 @@ class PlacementPolicy:
     """HPs take arrivals beside the others while the first token is predicted within this share of the tightest TTFT
     objective lately of those with the same TBT objective: so much room is left for requests that would miss elsewhere,
     and short prompts, whose objectives are tight where they differ, get it first. 0: they take no arrivals."""
-    compared: int = 16
+    compared: int = COMPARED
     """Most instances that are predicted for one request; of more, so many are drawn at random, so that the cost of a
     placement does not grow with the cluster. Not for round_robin and least_requests, which predict nothing."""
     max_owners: int = 10_000

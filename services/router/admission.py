@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from services.common.errors import ResourceExhausted, Unavailable
 from services.policy.admission import AdmissionAction, admit
+from services.policy.placement import COMPARED
 from services.router.config import RouterConfig
 from services.router.estimates import newcomer_ahead
 from services.router.history import History
@@ -14,8 +15,6 @@ from services.router.worker_link import WorkerLink
 
 RETRY_MS = 500
 """When to try again what a router refuses for reasons of its own."""
-_MOST_ESTIMATED = 16
-"""Workers at which a newcomer's first token is predicted."""
 
 
 class Admission:
@@ -55,7 +54,7 @@ class Admission:
         queued = request.queued()
         estimates = []
         # Of many, those with least to do: a newcomer must not cost (all workers).
-        for link in heapq.nsmallest(_MOST_ESTIMATED, links, key=lambda link: link.instance.queued_prefill_tokens):
+        for link in heapq.nsmallest(COMPARED, links, key=lambda link: link.instance.queued_prefill_tokens):
             view = self._placer.view(link, now_s)
             ahead = newcomer_ahead(view, link.instance.budget, now_s)
             ahead.work_s += ahead.pace.token_s * (held_tokens // len(links))

@@ -251,10 +251,9 @@ class Instance:
 
     def refresh(self, model: StepTimeModel, now_s: float) -> InstanceView:
         """Bring the view up to date and return it."""
-        view = self.view
+        view = self.glance(now_s)
         view.model = model
         view.hop_s = self.round_trip_s + INTO_ENGINE_S
-        view.report_age_s = now_s - self.last_message_s
         least_s = least_gap_s(model)
         view.min_tbt_s = min((tbt_s for tbt_s in self._decode_tbt_s if tbt_s > least_s), default=0.0)
         view.kv_used_tokens = int(self.kv_usage * view.kv_capacity_tokens)

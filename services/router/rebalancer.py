@@ -14,6 +14,7 @@ from ascendra.v1 import cluster_pb2, worker_pb2
 from services.common.logging import get_logger
 from services.policy.admission import retry_delay_s, waited_too_long
 from services.policy.offload import OffloadAction, OffloadCandidate, decide_offload, is_at_risk
+from services.policy.placement import COMPARED
 from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace
 from services.policy.state import QueuedRequest, Role
 from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
@@ -54,10 +55,6 @@ class Transfer:
     """When the withdrawal is given up."""
 
 
-MOST_TARGETS = 16
-"""Most workers that one round looks at as targets."""
-
-
 @dataclass(slots=True)
 class _Queue:
     """A worker's waiting requests in the order of its engine."""
@@ -92,7 +89,7 @@ class _Targets:
     def _nearest(self) -> list[WorkerLink]:
         if self._near is None:
             # One of them may be a request's home.
-            self._near = heapq.nsmallest(MOST_TARGETS + 1, self.links.values(), key=lambda link: self._of(link).work_s)
+            self._near = heapq.nsmallest(COMPARED + 1, self.links.values(), key=lambda link: self._of(link).work_s)
         return self._near
 
     def best_s(self, queued: QueuedRequest) -> float:

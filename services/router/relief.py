@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.common.logging import get_logger
+from services.policy.placement import COMPARED
 from services.policy.relief import Cadence, Relief, ReliefLedger, RunningStream, best_relief
 from services.router import metrics
 from services.router.dispatcher import Dispatcher
 from services.router.instance import Placed
 from services.router.mover import MovePlan, Mover
-from services.router.rebalancer import MOST_TARGETS
 from services.router.worker_link import WorkerLink
 
 log = get_logger()
@@ -57,7 +57,7 @@ class StreamRelief:
         if unsteady:
             takers = [link for link in links.values() if link.takes_requests(now_s)]
             # One of them may be the home; a round must not cost (unsteady workers x all workers).
-            steadiest = heapq.nsmallest(MOST_TARGETS + 1, takers, key=lambda link: gaps_s[link.worker_id])
+            steadiest = heapq.nsmallest(COMPARED + 1, takers, key=lambda link: gaps_s[link.worker_id])
             for link, home, streams in unsteady:
                 others = {other.worker_id: other for other in steadiest if other is not link}
                 self._relieve(link, home, streams, others, now_s)

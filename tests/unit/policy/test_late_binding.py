@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,14 +40,14 @@ def request(
     )
 
 
-def view(name: str, role: Role = Role.UNIFIED, **changes: object) -> InstanceView:
+def view(name: str, role: Role = Role.UNIFIED, **changes: Any) -> InstanceView:
     """Return an idle instance."""
-    return InstanceView(worker_id=name, role=role, model=A100_LLAMA3_8B, **changes)  # type: ignore[arg-type]
+    return InstanceView(worker_id=name, role=role, model=A100_LLAMA3_8B, **changes)
 
 
-def holder(name: str, talk: int, tokens: int, **changes: object) -> InstanceView:
+def holder(name: str, talk: int, tokens: int, **changes: Any) -> InstanceView:
     """Return an instance that computed a talk's prompt."""
-    one = view(name, prefixes=PrefixIndex(BLOCK_TOKENS), **changes)  # type: ignore[arg-type]
+    one = view(name, prefixes=PrefixIndex(BLOCK_TOKENS), **changes)
     one.receives(request("before", tokens, talk=talk))
     return one
 

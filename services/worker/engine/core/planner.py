@@ -138,7 +138,7 @@ class StepPlanner:
         given_up = order.newly_relegated
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
-        admissions = max(self._admissions(prefills, waiting, load, tightest_s) - coming, 0)
+        admissions = max(self._admissions(prefills, waiting, load, tightest_s, least_s) - coming, 0)
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
@@ -157,12 +157,16 @@ class StepPlanner:
         self._turns.spend(pace.work_s(tokens, computed_tokens))
 
     def _admissions(
-        self, prefills: Sequence[QueuedRequest], waiting: Sequence[QueuedRequest], load: DecodeLoad, tightest_s: float
+        self,
+        prefills: Sequence[QueuedRequest],
+        waiting: Sequence[QueuedRequest],
+        load: DecodeLoad,
+        tightest_s: float,
+        least_s: float,
     ) -> int:
         resident = load.decodes + len(prefills)
         if self.role is not Role.HIGH:
             return max(self._max_num_seqs - resident, 0)
-        least_s = least_gap_s(self.model)
         objectives_s = [request.slo.tbt_s for request in (*prefills, *waiting)]
         waiting_tbt_s = min([tbt_s for tbt_s in objectives_s if tbt_s > least_s], default=math.inf)
         tbt_s = min(tightest_s, waiting_tbt_s)
