@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,14 @@ def make_request(tokens: int, *, ttft_s: float = 3600.0, kv: dict[str, Any] | No
     )
 
 
+def make_moved() -> Any:
+    """Return a running stream that comes here with its KV."""
+    where: dict[str, Any] = {"remote_block_ids": [list(range(1, 9))], "remote_request_id": "x"}
+    where |= {"do_remote_prefill": True, "do_remote_decode": False}
+    where |= {"remote_engine_id": "there", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1}
+    return make_request(128, kv=where, generated_tokens=5, last_token_s=time.monotonic())
+
+
 def step(scheduler: Any, *, read: tuple[str, ...] = ()) -> Any:
     """Schedule a step and hand in its tokens, with the requests whose KV was read meanwhile."""
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -110,10 +118,7 @@ def moved_beside_a_paused_prefill(asynchronous: bool, scratch: Path) -> None:
     for _ in range(5):
         scheduler.add_request(make_request(20))
     step(scheduler)
-    where: dict[str, Any] = {"remote_block_ids": [list(range(1, 9))], "remote_request_id": "x"}
-    where |= {"do_remote_prefill": True, "do_remote_decode": False}
-    where |= {"remote_engine_id": "there", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1}
-    moved = make_request(128, kv=where, generated_tokens=5, last_token_s=time.monotonic())
+    moved = make_moved()
     scheduler.add_request(moved)
     scheduler.add_request(make_request(5000, ttft_s=60.0))
     step(scheduler, read=(moved.request_id,))
@@ -124,6 +129,37 @@ def moved_beside_a_paused_prefill(asynchronous: bool, scratch: Path) -> None:
         started += moved.request_id in step(scheduler).num_scheduled_tokens
         assert len(scheduler.running) <= MAX_SEQS
     assert started
+
+
+def test_a_stream_that_moves_with_its_kv_does_not_wait_behind_prefills(tmp_path: Path) -> None:
+    """A step to begin to read, and the first after it has read: however long the prompts there, slots free or not."""
+    in_a_process(moved_behind_long_prefills, tmp_path)
+
+
+def moved_behind_long_prefills(scratch: Path) -> None:
+    """Move a stream to where long prompts are being prefilled."""
+    for asynchronous, residents in product((False, True), (2, MAX_SEQS - 3)):
+        own = scratch / f"{asynchronous}-{residents}"
+        own.mkdir()
+        _moved_behind(residents, make_scheduler(own, asynchronous=asynchronous))
+
+
+def _moved_behind(residents: int, scheduler: Any) -> None:
+    for _ in range(2):
+        scheduler.add_request(make_request(20))
+    step(scheduler)
+    for _ in range(residents):
+        scheduler.add_request(make_request(7500))
+    step(scheduler)
+    moved = make_moved()
+    scheduler.add_request(moved)
+    step(scheduler)
+    assert moved.request_id not in {request.request_id for request in scheduler.waiting}, "it does not read its KV"
+    step(scheduler, read=(moved.request_id,))
+    prefilled = [step(scheduler).num_scheduled_tokens for _ in range(4)]
+    assert moved.request_id in prefilled[0]
+    # The prompts go on in the steps after it.
+    assert all(sum(tokens.values()) > 400 for tokens in prefilled[1:])
 
 
 def test_a_step_waits_for_few_look_ups() -> None:

@@ -88,5 +88,10 @@ class KvTransfer:
 
 
 def imports_kv(request: Request) -> bool:
-    """Tell whether a waiting request will read its KV from elsewhere: it has no prefill to plan."""
+    """Tell whether a waiting request will read its KV from elsewhere: of its prefill one token is left."""
     return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+
+
+def kv_is_here(scheduler: Any) -> list[Request]:
+    """Return the requests whose KV was read and who wait for their first step."""
+    return [scheduler.requests[name] for name in scheduler.finished_recving_kv_req_ids if name in scheduler.requests]

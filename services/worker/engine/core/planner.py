@@ -114,6 +114,7 @@ class StepPlanner:
         in_flight: bool = False,
         may_pause: bool = True,
         coming: int = 0,
+        moved: Sequence[QueuedRequest] = (),
     ) -> StepPlan:
         """Plan the next step.
 
@@ -123,6 +124,7 @@ class StepPlanner:
             in_flight: a step is still running; this one starts when its tokens are out.
             may_pause: outranked prefills may sit the step out.
             coming: requests in neither list that may become resident by themselves: what they wait for is no step.
+            moved: of those, the ones whose KV has come from another engine: now a step is what they wait for.
         """
         load = DecodeLoad(len(decodes), sum([decode[2] for decode in decodes]))
         least_s = least_gap_s(self.model)
@@ -130,7 +132,7 @@ class StepPlanner:
         tightest_s = min([decode[1] for decode in binding], default=math.inf)
         bound_s = tightest_s if in_flight else step_bound_s([decode[:2] for decode in binding], now_s)
         pace = prefill_pace(self.model, load, self._budget, tightest_s)
-        order = order_waiting([*prefills, *waiting], now_s, pace, self._order, self._turns.credit_s)
+        order = order_waiting([*prefills, *moved, *waiting], now_s, pace, self._order, self._turns.credit_s)
         pausing = may_pause and self._order.pause_started
         # What a chunk takes depends on whose it is: on the context before it.
         served = order.ordered if pausing or not prefills else resident_first(order.ordered, prefills)
@@ -143,7 +145,9 @@ class StepPlanner:
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
             admissions=admissions,
-            paused=_outranked(order.ordered, prefills, prefill, admissions) if pausing else [],
+            paused=_outranked(order.ordered, prefills, prefill, order.ordered if admissions else moved)
+            if pausing
+            else [],
         )
 
     def learn(self, shape: StepShape, step_s: float) -> None:
@@ -178,22 +182,26 @@ class StepPlanner:
 
 
 def _outranked(
-    ordered: Sequence[QueuedRequest], prefills: Sequence[QueuedRequest], prefill_tokens: int, admissions: int
+    ordered: Sequence[QueuedRequest],
+    prefills: Sequence[QueuedRequest],
+    prefill_tokens: int,
+    startable: Sequence[QueuedRequest],
 ) -> list[QueuedRequest]:
     """Return the resident prefills behind a waiting request that may start, unless the step has room for all to there.
 
     vLLM serves resident requests before waiting ones, and one that runs at all takes what it can.
     """
-    if not prefills or not admissions:
+    if not prefills or not startable:
         return []
-    resident = set(map(id, prefills))
+    resident, may_start = set(map(id, prefills)), set(map(id, startable))
     paused = []
     left = prefill_tokens
     outranked = False
     for request in ordered:
         left -= request.remaining_tokens
-        if id(request) not in resident:
+        if id(request) in resident:
+            if outranked and left < 0:
+                paused.append(request)
+        elif id(request) in may_start:
             outranked = True
-        elif outranked and left < 0:
-            paused.append(request)
     return paused

@@ -18,7 +18,7 @@ from services.policy.state import QueuedRequest, Slo
 from services.policy.step_time import StepShape, StepTimeModel
 from services.worker.engine.contract import EngineLoad, StepReport
 from services.worker.engine.core.control import Control, install_control
-from services.worker.engine.core.kv_transfer import KvTransfer, imports_kv
+from services.worker.engine.core.kv_transfer import KvTransfer, imports_kv, kv_is_here
 from services.worker.engine.core.planner import DecodeState, StepPlan, StepPlanner
 from services.worker.engine.core.prefix_lookup import PrefixLookup
 from services.worker.engine.core.process import isolate_engine_core
@@ -99,12 +99,13 @@ class PolicyScheduler:
             relegated = self._relegate(plan)
             withheld, paused = self._arrange(plan)
             scheduler.max_num_scheduled_tokens = plan.token_budget
+        startable = self._startable()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        scheduler.waiting.extend(withheld)
-        scheduler.running.extend(paused)
         # In vain: nobody came in their place although there was room in the step, so blocks or slots are short.
         idle_tokens = scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-        self._pause_allowed = not paused or len(output.scheduled_new_reqs) > 0 or idle_tokens <= 0
+        self._pause_allowed = not paused or self._startable() < startable or idle_tokens <= 0
+        scheduler.waiting.extend(withheld)
+        scheduler.running.extend(paused)
         self._note_step(output, now_s, plan, relegated)
         return output
 
@@ -145,9 +146,11 @@ class PolicyScheduler:
                 last_s = last_token_s.get(request.request_id) or self.standing(request).get("last_token_s") or now_s
                 decodes.append(DecodeState(last_s, queued.slo.tbt_s, request.num_computed_tokens))
         for request in scheduler.waiting:
-            if imports_kv(request):
-                continue
             queued = self.queued(request)
+            if imports_kv(request):
+                queued.computed_tokens = request.num_tokens - 1
+                waiting.append(queued)
+                continue
             if request.status == RequestStatus.PREEMPTED:
                 queued.started = True
                 queued.prompt_tokens = request.num_tokens
@@ -155,6 +158,11 @@ class PolicyScheduler:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
             queued.computed_tokens = self._prefixes.computed_tokens(request, now_s)
             waiting.append(queued)
+        moved = []
+        for request in kv_is_here(scheduler):
+            queued = self.queued(request)
+            queued.computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            moved.append(queued)
         # Those whose KV is read, or whose constraint is compiled, wait in lists of vLLM's own, and start first.
         coming = scheduler.get_request_counts()[1] - len(scheduler.waiting)
         return self.planner.plan(
@@ -165,7 +173,13 @@ class PolicyScheduler:
             in_flight=bool(self._in_flight),
             may_pause=self._pause_allowed and not self._may_evict(),
             coming=coming,
+            moved=moved,
         )
+
+    def _startable(self) -> int:
+        """Return how many wait for no more than a place in a step."""
+        scheduler: Any = self
+        return len(scheduler.waiting) + len(scheduler.finished_recving_kv_req_ids)
 
     def _may_evict(self) -> bool:
         scheduler: Any = self
@@ -204,7 +218,7 @@ class PolicyScheduler:
         paused = [request for request in prefills if id(self.queued(request)) in out]
         active = [request for request in prefills if id(self.queued(request)) not in out]
         scheduler.running[:] = decodes + sorted(active, key=place)
-        # Reading KV takes no part of a step.
+        # Reading KV takes no part of a step, so nobody loses by going second.
         ordered = [request for request in scheduler.waiting if imports_kv(request)]
         ordered += sorted((request for request in scheduler.waiting if not imports_kv(request)), key=place)
         scheduler.waiting.clear()
