@@ -52,6 +52,7 @@ class Client:
             metadata=metadata,
         )
         self._loop = _LoopThread.acquire()
+        self._closing = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -64,10 +65,12 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; calls in flight, in other threads, end with an UnavailableError, as do later ones."""
-        if not self._closed:
+        with self._closing:
+            if self._closed:
+                return
             self._closed = True
-            self._loop.run(self._client.close())
-            _LoopThread.release()
+        self._loop.run(self._client.close())
+        _LoopThread.release()
 
     def generate(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Completion:
         """Return one completion; as `AsyncClient.generate`."""

@@ -50,13 +50,17 @@ def add_commands(commands: Commands) -> None:
 def run_certs(arguments: argparse.Namespace) -> int:
     """Make the certificates. Raises CliError."""
     try:
+        valid_for = timedelta(days=arguments.days)
+    except (OverflowError, ValueError) as error:
+        raise CliError(f"--days: {error}", exit_status=2) from error
+    try:
         authority = Authority.load_or_make(arguments.out)
         for name in arguments.name or NAMES:
             folder = authority.folder_of(name) if arguments.folders else None
-            authority.issue(name, folder, hosts=arguments.host, valid_for=timedelta(days=arguments.days))
+            authority.issue(name, folder, hosts=arguments.host, valid_for=valid_for)
     except ImportError as error:
         raise CliError("this command needs the cryptography package", hint="pip install cryptography") from error
-    except OverflowError as error:
+    except OverflowError as error:  # a date beyond the calendar's last
         raise CliError(f"--days: {error}", exit_status=2) from error
     except (OSError, ValueError) as error:
         raise CliError(str(error)) from error
