@@ -111,6 +111,18 @@ def test_an_outranked_prefill_pauses() -> None:
     assert planner().plan(NOW_S, [urgent], [waiting("later", 200, ttft_s=9.0)], []).paused == []
 
 
+def test_nobody_pauses_for_whom_no_step_can_take_in() -> None:
+    """Neither without a place, nor while its constraint is compiled; whose KV has come has its place already."""
+    long = waiting("long", 4000, ttft_s=9.0, started=True)
+    short = waiting("short", 200)
+    assert planner().plan(NOW_S, [long], [short], [], blocked=[short]).paused == []
+    assert planner().plan(NOW_S, [long], [waiting("other", 200), short], [], blocked=[short]).paused == [long]
+    assert planner().plan(NOW_S, [long], [short], [], coming=10_000).paused == []
+    moved = waiting("moved", 200, last_token_s=NOW_S)
+    moved.computed_tokens = 199
+    assert planner().plan(NOW_S, [long], [], [], coming=10_000, moved=[moved]).paused == [long]
+
+
 def test_hp_caps_its_residents_by_their_gaps() -> None:
     """HP admits up to the largest batch whose step fits the gap; LP up to the engine's slots."""
     queue = [waiting(f"w{index}") for index in range(10)]

@@ -53,9 +53,11 @@ def make_scheduler(scratch: Path, *, asynchronous: bool) -> Any:
     )
 
 
-def make_request(tokens: int, *, ttft_s: float = 3600.0, kv: dict[str, Any] | None = None, **standing: Any) -> Any:
+def make_request(
+    tokens: int, *, ttft_s: float = 3600.0, kv: dict[str, Any] | None = None, regex: str | None = None, **standing: Any
+) -> Any:
     """Return a request as the front end hands it over; `kv` says where its KV is read from."""
-    from vllm.sampling_params import SamplingParams
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
@@ -68,7 +70,13 @@ def make_request(tokens: int, *, ttft_s: float = 3600.0, kv: dict[str, Any] | No
     return Request(
         request_id=name,
         prompt_token_ids=[(number * 7919 + place) % 997 for place in range(tokens)],
-        sampling_params=SamplingParams(max_tokens=500, ignore_eos=True, temperature=0.0, extra_args=extra),
+        sampling_params=SamplingParams(
+            max_tokens=500,
+            ignore_eos=True,
+            temperature=0.0,
+            extra_args=extra,
+            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
+        ),
         pooling_params=None,
         block_hasher=get_request_block_hasher(16, sha256),
     )
@@ -160,6 +168,24 @@ def _moved_behind(residents: int, scheduler: Any) -> None:
     assert moved.request_id in prefilled[0]
     # The prompts go on in the steps after it.
     assert all(sum(tokens.values()) > 400 for tokens in prefilled[1:])
+
+
+def test_nobody_pauses_for_whom_waits_for_its_constraint(tmp_path: Path) -> None:
+    """While it is compiled no step can take the request in: the prompt that is being prefilled goes on."""
+    in_a_process(constrained_beside_a_long_prefill, tmp_path)
+
+
+def constrained_beside_a_long_prefill(scratch: Path) -> None:
+    """Queue a short prompt with a constraint that nobody compiles, then one without, behind a long prefill."""
+    scheduler = make_scheduler(scratch, asynchronous=False)
+    long = make_request(7500)
+    scheduler.add_request(long)
+    step(scheduler)
+    scheduler.add_request(make_request(100, ttft_s=1.0, regex="a+"))
+    assert [step(scheduler).num_scheduled_tokens for _ in range(4)] == [{long.request_id: 512}] * 4
+    short = make_request(100, ttft_s=1.0)
+    scheduler.add_request(short)
+    assert step(scheduler).num_scheduled_tokens == {short.request_id: 100}
 
 
 def test_a_step_waits_for_few_look_ups() -> None:

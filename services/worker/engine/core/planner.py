@@ -1,7 +1,7 @@
 """What the next engine step should do, decided by services.policy from plain state. Knows nothing of vLLM."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -115,6 +115,7 @@ class StepPlanner:
         may_pause: bool = True,
         coming: int = 0,
         moved: Sequence[QueuedRequest] = (),
+        blocked: Sequence[QueuedRequest] = (),
     ) -> StepPlan:
         """Plan the next step.
 
@@ -125,6 +126,7 @@ class StepPlanner:
             may_pause: outranked prefills may sit the step out.
             coming: requests in neither list that may become resident by themselves: what they wait for is no step.
             moved: of those, the ones whose KV has come from another engine: now a step is what they wait for.
+            blocked: of `waiting`, those that no step can take in yet.
         """
         load = DecodeLoad(len(decodes), sum([decode[2] for decode in decodes]))
         least_s = least_gap_s(self.model)
@@ -141,13 +143,12 @@ class StepPlanner:
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
         admissions = max(self._admissions(prefills, waiting, load, tightest_s, least_s) - coming, 0)
+        startable = {*map(id, moved), *(map(id, waiting) if admissions else ())} - set(map(id, blocked))
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
             admissions=admissions,
-            paused=_outranked(order.ordered, prefills, prefill, order.ordered if admissions else moved)
-            if pausing
-            else [],
+            paused=_outranked(order.ordered, prefills, prefill, startable) if pausing else [],
         )
 
     def learn(self, shape: StepShape, step_s: float) -> None:
@@ -185,23 +186,26 @@ def _outranked(
     ordered: Sequence[QueuedRequest],
     prefills: Sequence[QueuedRequest],
     prefill_tokens: int,
-    startable: Sequence[QueuedRequest],
+    startable: Set[int],
 ) -> list[QueuedRequest]:
     """Return the resident prefills behind a waiting request that may start, unless the step has room for all to there.
 
     vLLM serves resident requests before waiting ones, and one that runs at all takes what it can.
+
+    Args:
+        startable: ids of the objects of those that may start.
     """
     if not prefills or not startable:
         return []
-    resident, may_start = set(map(id, prefills)), set(map(id, startable))
+    resident = set(map(id, prefills))
     paused = []
     left = prefill_tokens
     outranked = False
     for request in ordered:
-        left -= request.remaining_tokens
-        if id(request) in resident:
-            if outranked and left < 0:
+        waits = id(request) in startable
+        if waits or id(request) in resident:
+            left -= request.remaining_tokens
+            outranked = outranked or waits
+            if outranked and left < 0 and not waits:
                 paused.append(request)
-        elif id(request) in may_start:
-            outranked = True
     return paused

@@ -134,6 +134,7 @@ class PolicyScheduler:
         scheduler: Any = self
         prefills = []
         waiting = []
+        blocked = []
         decodes = []
         last_token_s = self._last_token_s
         for request in scheduler.running:
@@ -158,6 +159,8 @@ class PolicyScheduler:
                     queued.last_token_s = self._last_token_s.get(request.request_id, now_s)
             queued.computed_tokens = self._prefixes.computed_tokens(request, now_s)
             waiting.append(queued)
+            if _compiles(request):
+                blocked.append(queued)
         moved = []
         for request in kv_is_here(scheduler):
             queued = self.queued(request)
@@ -174,6 +177,7 @@ class PolicyScheduler:
             may_pause=self._pause_allowed and not self._may_evict(),
             coming=coming,
             moved=moved,
+            blocked=blocked,
         )
 
     def _startable(self) -> int:
@@ -334,6 +338,12 @@ def make_scheduler(**kwargs: Any) -> Any:
     """Build the scheduler that fits the engine: what `scheduler_cls` names, called by the engine core."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (AsyncPolicyScheduler if asynchronous else SyncPolicyScheduler)(**kwargs)
+
+
+def _compiles(request: Request) -> bool:
+    """Tell whether a request's constraint is still being compiled."""
+    constraint = request.structured_output_request
+    return constraint is not None and constraint.grammar is None
 
 
 def _queued_request(request: Request, standing: dict[str, Any]) -> QueuedRequest:
