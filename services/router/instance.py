@@ -15,6 +15,8 @@ from services.policy.token_budget import DYNAMIC, STATIC, BudgetPolicy, least_ga
 from services.router.request import PREFIX_BLOCK_TOKENS, LiveRequest
 
 _RATE_WINDOW_S, _RATE_SLOT_S = 10.0, 1.0
+_COMPILING_S = 60.0
+"""An engine may do nothing for so long but compile a request's constraint."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,12 @@ class Placed:
     predicted_p50_s: float = 0.0
     predicted_p90_s: float = 0.0
     queue_ahead_s: float = 0.0
+
+    def prepares(self, now_s: float) -> bool:
+        """Return whether no step may serve it yet: its KV cache is read, or its constraint is parsed and compiled."""
+        if now_s - self.submitted_s < _COMPILING_S and self.request.spec.sampling.HasField("structured_output"):
+            return True
+        return self.by_kv
 
 
 class Instance:
@@ -171,7 +179,7 @@ class Instance:
     def stall_limit_s(self, now_s: float, stall_s: float, unknown_s: float) -> float:
         """Return how long its steps may stand still with work queued: longer than a step in progress may take.
 
-        An engine that says it is idle may not have got what was sent to it: a constraint is parsed before.
+        An engine that says it is idle may not have got what was sent to it.
         """
         if not (self.running or self.waiting):
             return max(stall_s, unknown_s)
@@ -182,9 +190,10 @@ class Instance:
 
     def stalled(self, now_s: float, stall_s: float) -> bool:
         """Return whether steps have stood still that long although there is work; to be asked again and again."""
-        loading = sum(placed.by_kv for placed in self._queue.values())
-        if not self.running and max(self.waiting, len(self._queue)) <= loading:
-            self.steps_changed_s = now_s  # idle, or waiting for KV caches: it stalls only from here on
+        if not self.running:
+            preparing = sum(placed.prepares(now_s) for placed in self._queue.values())
+            if max(self.waiting, len(self._queue)) <= preparing:
+                self.steps_changed_s = now_s  # nobody can be served: it stalls only from here on
         return now_s - self.steps_changed_s > stall_s
 
     def submitted(self, placed: Placed) -> None:

@@ -155,6 +155,20 @@ def test_a_stall_is_steps_that_stand_still_with_work() -> None:
     assert not worker.stalled(207.0, 5.0)
 
 
+def test_a_constraint_that_is_compiled_is_no_stall() -> None:
+    """For a minute, alone: whoever waits beside it would be served."""
+    worker = instance()
+    constrained = placed(1, submitted_s=200.0)
+    constrained.request.spec.sampling.structured_output.regex = "a{9999}"
+    worker.submitted(constrained)
+    worker.heartbeat(worker_pb2.Heartbeat(waiting=1), 200.5)
+    assert not worker.stalled(259.0, 5.0)
+    worker.heartbeat(worker_pb2.Heartbeat(waiting=2), 259.5)
+    assert worker.stalled(264.5, 5.0)
+    worker.heartbeat(worker_pb2.Heartbeat(waiting=1), 264.6)
+    assert worker.stalled(264.7, 5.0)
+
+
 def test_a_kv_cache_on_its_way_is_no_stall() -> None:
     """An engine that only waits for one takes no steps; it has to when the cache cannot be read."""
     worker = instance()
