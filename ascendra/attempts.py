@@ -3,7 +3,6 @@
 `AsyncClient` and `Session` differ only in how an attempt is opened.
 """
 
-import asyncio
 import random
 import struct
 import time
@@ -89,12 +88,14 @@ async def run_request(
     *,
     timeout_s: float,
     retry: RetryPolicy,
+    pause: Callable[[float, str], Awaitable[None]],
     routers: int,
 ) -> AsyncGenerator[Chunk]:
     """Yield the chunks of a request. Raises AscendraError.
 
     A failed attempt is repeated while the caller has seen nothing and a repetition is safe; after that it is resumed
-    where the router gave a cursor. `routers` is the number of routers that attempts go to in turn.
+    where the router gave a cursor, after a `pause` of some seconds. `routers` is the number of routers that attempts go
+    to in turn.
     """
     deadline = time.monotonic() + timeout_s
     progress = Progress(request)
@@ -125,7 +126,7 @@ async def run_request(
         finally:
             if attempt is not None:
                 attempt.cancel()
-        await asyncio.sleep(wait_s)
+        await pause(wait_s, request.request_id)
 
 
 async def collect(request_id: str, chunks: AsyncIterator[Chunk]) -> Completion:

@@ -100,6 +100,7 @@ class AsyncClient:
             self._open_attempt,
             timeout_s=options.get("timeout_s", self._timeout_s),
             retry=self._retry,
+            pause=self._endpoints.pause,
             routers=len(self._endpoints),
         )
 

@@ -1,6 +1,7 @@
 """The routers a client knows: one channel each, used in turn."""
 
 import asyncio
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -75,6 +76,7 @@ class Endpoints:
         # gRPC does not end the calls of a channel that is closed.
         self._calls: weakref.WeakSet[grpc.aio.Call] = weakref.WeakSet()
         self._closed = False
+        self._closing = asyncio.Event()
         self._next = 0
 
     def __len__(self) -> int:
@@ -119,9 +121,16 @@ class Endpoints:
         task = asyncio.current_task()
         return self._closed and not (task is not None and task.cancelling())
 
+    async def pause(self, wait_s: float, request_id: str) -> None:
+        """Wait before a request is repeated. Raises UnavailableError when closed meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), wait_s)
+            raise closed_error(request_id)
+
     async def close(self) -> None:
         """Close the channels; calls in flight end with an error."""
         self._closed = True
+        self._closing.set()
         for call in list(self._calls):
             call.cancel()
         endpoints, self._endpoints, self._replaced = [*self._endpoints, *self._replaced], [], []

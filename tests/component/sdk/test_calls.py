@@ -117,6 +117,21 @@ async def test_a_closed_client_ends_its_calls(kind: str) -> None:
                 assert caught.value.request_id in ("r2", "")
 
 
+@pytest.mark.parametrize("kind", ["stream", "session"])
+async def test_a_closed_client_does_not_wait_to_repeat(kind: str) -> None:
+    """What waits for its next attempt fails at once too, with the id of its request."""
+    client = AsyncClient("127.0.0.1:1", retry=ascendra.RetryPolicy(initial_backoff_s=60, max_backoff_s=60))
+    requests = client.session() if kind == "session" else client
+    async with asyncio.timeout(5):
+        waiting = asyncio.create_task(requests.generate("x", request_id="r1"))
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        await client.close()
+        with pytest.raises(ascendra.UnavailableError, match="the client is closed") as caught:
+            await waiting
+    assert caught.value.request_id == "r1"
+
+
 async def test_a_cancellation_by_the_caller_stays_one_when_the_client_is_closed() -> None:
     """It is told from the one that closing makes."""
     async with scripted.serve(scripted.always(Pause(60))) as router:
