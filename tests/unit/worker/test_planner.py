@@ -121,6 +121,10 @@ def test_nobody_pauses_for_whom_no_step_can_take_in() -> None:
     moved = waiting("moved", 200, last_token_s=NOW_S)
     moved.computed_tokens = 199
     assert planner().plan(NOW_S, [long], [], [], coming=10_000, moved=[moved]).paused == [long]
+    # A paused request keeps its slot: vLLM fails when there are more residents than slots.
+    slots = planner()._max_num_seqs
+    assert planner().plan(NOW_S, [long], [], decodes(slots - 2, 10.0), moved=[moved]).paused == [long]
+    assert planner().plan(NOW_S, [long], [], decodes(slots - 1, 10.0), moved=[moved]).paused == []
 
 
 def test_hp_caps_its_residents_by_their_gaps() -> None:

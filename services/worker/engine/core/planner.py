@@ -143,7 +143,10 @@ class StepPlanner:
         bound_s = calm_bound_s(self._budget, self.model, load, bound_s, tightest_s, order.ordered, given_up, now_s)
         prefill = prefill_budget(self._budget, self.model, load, bound_s, chunks)
         admissions = max(self._admissions(prefills, waiting, load, tightest_s, least_s) - coming, 0)
-        startable = {*map(id, moved), *(map(id, waiting) if admissions else ())} - set(map(id, blocked))
+        # A paused request keeps its slot.
+        slots = self._max_num_seqs - load.decodes - len(prefills)
+        starting = [*(moved if len(moved) <= slots else ()), *(waiting if admissions else ())]
+        startable = set(map(id, starting)) - set(map(id, blocked))
         return StepPlan(
             order=order,
             token_budget=max(min(load.decodes + prefill, self._max_tokens), 1),
