@@ -1,5 +1,9 @@
 """The simulator against the live cluster: the same requests, the same settings, the numbers side by side.
 
+What the machine of the live run added is an input: how much longer than the profile steps took and how long tokens were
+on their way to the client, as distributions, and the room that workers learned from it to leave in gaps, every second.
+One live run is one draw of these: it is compared with the median of several simulated ones, which are drawn anew.
+
 python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 42 53 \\
     --seeds 1 --seconds 30 --warmup-s 8 --drain-s 15 --out bench/results/fidelity-live.json
 python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azure-conv-42rps.json \\
@@ -8,20 +12,30 @@ python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azu
 
 import argparse
 import json
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from bench.live.__main__ import fitting
+from bench.live.lateness import Lateness
 from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
 from bench.options import UnloadedTtft, emulated_cluster, load_profile
 from bench.result_files import commit_id, write_result
-from bench.simulator.systems import leaving_room, simulate, system_named
+from bench.simulator.systems import simulate, system_named
 from bench.workloads import load_trace, make_workload, slo_set
 
 RUN = ("system", "rate_rps", "seed")
 """What names a run in a result file."""
+DRAWS = 5
+"""Simulated runs to a live one."""
+DRAW_STRIDE = 1000
+"""Between the seeds of two draws."""
+COMPARED = {"joint": "joint", "ttft_p50_s": "TTFT p50 s", "ttft_p90_s": "TTFT p90 s"}
+"""Metrics, and what tables call them."""
 POINTS_AIM = 0.02
 """Joint attainment is to agree within this."""
 TTFT_AIM = 0.1
@@ -36,13 +50,17 @@ def simulated_name(live_name: str) -> str:
 
 
 def simulated(
-    settings: Mapping[str, str], trace: Path, system: str, rate_rps: float, seed: int, delivery_s: float
+    settings: Mapping[str, str], trace: Path, result: Mapping[str, Any], draw: int, *, machine: bool = True
 ) -> Report:
-    """Serve in virtual time what a live run of these settings was sent.
+    """Serve in virtual time what a live run was sent.
 
     Args:
-        delivery_s: room that dynamic budgets leave in each gap for delivery; 0: the default.
+        settings: of the file that the run is in.
+        result: the run.
+        draw: number of the draw of what is random.
+        machine: add what the live run's machine added; else what the simulator assumes where nothing was measured.
     """
+    rate_rps, seed = result["rate_rps"], result["seed"]
     warmup_s, seconds = float(settings["warmup_s"]), float(settings["seconds"])
     workload = fitting(
         make_workload(
@@ -62,38 +80,64 @@ def simulated(
         max_model_len=int(settings["max_model_len"]),
         kv_capacity_tokens=int(settings["kv_capacity_tokens"]),
         drain_s=float(settings["drain_s"]),
-        seed=seed,
+        seed=seed + DRAW_STRIDE * draw,
     )
-    policies = leaving_room(system_named(simulated_name(system)), delivery_s)
-    records = simulate(policies, workload, config).records
+    if machine:
+        late = Lateness.from_dict(result["lateness"])
+        truth = replace(config.truth, measured_excess=(late.decode_excess, late.prefill_excess))
+        config = replace(config, truth=truth, delivery=late.delivery, rooms=result["rooms"])
+    records = simulate(system_named(simulated_name(result["system"])), workload, config).records
     return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
 
 
-def compared(live: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, float]:
+def off(name: str, live: float, model: float) -> float:
     """Return what the simulator says more than the cluster: points of attainment, relative TTFT."""
-    return {
-        "joint_points": model["joint"] - live["joint"],
-        **{name: model[name] / live[name] - 1 for name in ("ttft_p50_s", "ttft_p90_s")},
-    }
+    return model - live if name == "joint" else model / live - 1
+
+
+def shown(name: str, value: float) -> str:
+    """Return a metric as text."""
+    return f"{value:.1%}" if name == "joint" else f"{value:.3f}"
+
+
+def marked(name: str, live: float, model: float) -> str:
+    """Return a simulated metric as text, marked when it is outside the aim."""
+    aim = POINTS_AIM if name == "joint" else TTFT_AIM
+    return shown(name, model) + ("" if abs(off(name, live, model)) <= aim else " (!)")
 
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Lay the pairs out, with what is outside the aims marked."""
-    heads = ["system", "req/s", "seed", "room ms", "joint live", "simulated"]
-    heads += ["TTFT p50 s live", "simulated", "TTFT p90 s live", "simulated"]
+    """Lay the runs out: live, the median of the simulated ones and their spread, and on a machine that adds nothing."""
+    heads = ["system", "req/s", "seed", "room ms", "delivery p50 / p99 ms"]
+    for label in COMPARED.values():
+        heads += [f"{label} live", "simulated", "min-max", "undisturbed"]
     rows = []
     for cell in cells:
-        live, model = cell["live"], cell["simulated"]
-        off = compared(live, model)
-        marks = {name: "" if abs(value) <= TTFT_AIM else " (!)" for name, value in off.items()}
-        marks["joint_points"] = "" if abs(off["joint_points"]) <= POINTS_AIM else " (!)"
+        delivery = [f"{1000 * delay_s:.0f}" for delay_s in cell["delivery_p50_p99_s"]]
         room = f"{1000 * cell['delivery_s']:.1f}" if cell["delivery_s"] else "-"
-        row = [cell["system"], f"{cell['rate_rps']:g}", str(cell["seed"]), room, f"{live['joint']:.1%}"]
-        row.append(f"{model['joint']:.1%}{marks['joint_points']}")
-        for name in ("ttft_p50_s", "ttft_p90_s"):
-            row += [f"{live[name]:.3f}", f"{model[name]:.3f}{marks[name]}"]
+        row = [cell["system"], f"{cell['rate_rps']:g}", str(cell["seed"]), room, " / ".join(delivery)]
+        for name in COMPARED:
+            live, draws = cell["live"][name], [draw[name] for draw in cell["simulated"]]
+            row += [shown(name, live), marked(name, live, statistics.median(draws))]
+            row += [f"{shown(name, min(draws))}-{shown(name, max(draws))}", shown(name, cell["undisturbed"][name])]
         rows.append(row)
     return markdown_table(heads, rows)
+
+
+def compare(settings: Mapping[str, str], trace: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Simulate a live run and return both."""
+    delivery = Lateness.from_dict(result["lateness"]).delivery
+    draws = [simulated(settings, trace, result, draw).as_dict() for draw in range(DRAWS)]
+    return {
+        **{name: result[name] for name in RUN},
+        "delivery_s": result["delivery_s"],
+        "delivery_p50_p99_s": [delivery.at(NormalDist().inv_cdf(share)) for share in (0.5, 0.99)],
+        "live": {name: result["report"][name] for name in COMPARED},
+        "simulated": [{name: draw[name] for name in COMPARED} for draw in draws],
+        "undisturbed": {
+            name: simulated(settings, trace, result, 0, machine=False).as_dict()[name] for name in COMPARED
+        },
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,24 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", help="of those in the file; default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the pairs")
     args = parser.parse_args(argv)
-    documents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in args.live}
     cells = []
-    for name, document in documents.items():
+    for path in args.live:
+        document = json.loads(path.read_text(encoding="utf-8"))
         settings = document["settings"]
         if settings["trace"] != args.trace.name:
-            parser.error(f"{name} was measured with {settings['trace']}")
+            parser.error(f"{path.name} was measured with {settings['trace']}")
         for result in document["results"]:
-            unlike = "delivery_s" not in result and not result["system"].startswith("vllm")
-            if unlike or (args.systems and result["system"] not in args.systems):
-                continue  # unlike: the room that its workers left is not known
-            run = dict(zip(RUN, (result[key] for key in RUN), strict=True))
-            delivery_s = result.get("delivery_s", 0.0)
-            report = simulated(settings, args.trace, run["system"], run["rate_rps"], run["seed"], delivery_s)
-            cells.append({**run, "delivery_s": delivery_s, "live": result["report"], "simulated": report.as_dict()})
-    cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))
+            if not args.systems or result["system"] in args.systems:
+                if "lateness" not in result:
+                    parser.error(f"{path.name} does not say what its machine added")
+                cells.append(compare(settings, args.trace, result) | {"live_commit": result["commit"]})
+    cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"], cell["system"]))
     print(table(cells))
-    live = {name: document["commit"] for name, document in documents.items()}
-    write_result(args.out, {"commit": commit_id(), "live": live, "cells": cells})
+    write_result(args.out, {"commit": commit_id(), "draws": DRAWS, "cells": cells})
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from bench.assess import table as assess_table
 from bench.cpu.budget import Turn
 from bench.cpu.budget import table as budget_table
+from bench.cpu.fidelity import table as cpu_fidelity_table
 from bench.cpu.pair import table as pair_table
 from bench.fidelity import table as fidelity_table
 from bench.live.__main__ import table as live_table
@@ -137,7 +138,7 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["assess"] = optional("assess", lambda d: assess_table(d["results"]))
     sections["cpu_budget"] = optional("cpu-budget", lambda d: budget_table([Turn(**turn) for turn in d["turns"]]))
     sections["cpu_pair"] = pair_section([read(path.stem) for path in sorted(RESULTS.glob("cpu-pair*.json"))])
-    sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: fidelity_table(d["cells"]))
+    sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: cpu_fidelity_table(d["cells"]))
     sections["speed_in_turn"] = optional("speed-in-turn", lambda d: in_turn_table(d["cells"]))
     sections["prefixes"] = prefixes(documents)
     sections["live_prefixes"] = optional("prefixes-live", lambda d: live_section([d]))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu.pair import KV_CACHE_BYTES, MAX_MODEL_LEN, MAX_NUM_SEQS, workload_of
-from bench.fidelity import table
+from bench.fidelity import COMPARED, RUN, marked, shown
+from bench.markdown import markdown_table
 from bench.metrics import Report, summarize
 from bench.options import load_profile
 from bench.random_model import SHAPES
@@ -42,6 +43,21 @@ def simulated(options: Mapping[str, Any], profile: str, system: str, rate_rps: f
     return summarize(simulate(system_named(name), workload, cluster).records)
 
 
+def table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the pairs out, with what is outside the aims marked."""
+    heads = ["system", "req/s", "seed"]
+    for label in COMPARED.values():
+        heads += [f"{label} live", "simulated"]
+    rows = []
+    for cell in cells:
+        row = [cell["system"], f"{cell['rate_rps']:g}", str(cell["seed"])]
+        for name in COMPARED:
+            live = cell["live"][name]
+            row += [shown(name, live), marked(name, live, cell["simulated"][name])]
+        rows.append(row)
+    return markdown_table(heads, rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -55,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = []
     for document in documents:
         for result in document["results"]:
-            run = {name: result[name] for name in ("system", "rate_rps", "seed")}
+            run = {name: result[name] for name in RUN}
             report = simulated(document["options"], args.profile, **run)
-            cells.append({**run, "delivery_s": 0.0, "live": result["report"], "simulated": report.as_dict()})
+            cells.append({**run, "live": result["report"], "simulated": report.as_dict()})
     cells.sort(key=lambda cell: (cell["rate_rps"], cell["seed"]))
     print(table(cells))
     write_result(

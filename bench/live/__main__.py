@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ascendra import AscendraError, AsyncClient
+from ascendra.v1 import common_pb2
 from bench.live.cpu import CpuWatch
+from bench.live.lateness import lateness
 from bench.live.load import outcomes, run_load
 from bench.live.results import ResultFile
-from bench.live.systems import SYSTEMS, TABLE, Workers, running_system
-from bench.live.targets import FIRST_TOKEN_ID, Target, ascendra_target, openai_target, prompt_of
+from bench.live.systems import SYSTEMS, TABLE, RunningSystem, Workers, running_system
+from bench.live.targets import FIRST_TOKEN_ID, AscendraTarget, Target, ascendra_target, openai_target, prompt_of
 from bench.markdown import markdown_table
 from bench.metrics import Report, RequestRecord, summarize
 from bench.options import UnloadedTtft, above_zero, at_least, load_profile, mistakes_in_one_line
@@ -53,10 +56,24 @@ def fitting(workload: Iterable[WorkloadRequest], max_model_len: int) -> list[Wor
     return [item for item in workload if item.prompt_tokens + item.output_tokens < max_model_len]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A workload that was served."""
+
+    report: Report
+    """Without the warm-up."""
+    ends: str
+    """How its requests ended."""
+    records: list[RequestRecord]
+    """With it."""
+    started_s: float
+    """When its clock started, on the monotonic clock."""
+
+
 async def measure(
     target: Target, workload: Sequence[WorkloadRequest], arguments: argparse.Namespace, name: str, seed: int
-) -> tuple[Report, str]:
-    """Send one workload; summarise it without its warm-up, and say how its requests ended."""
+) -> Measured:
+    """Send one workload."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"{name} seed {seed}", total=len(workload))
@@ -67,7 +84,8 @@ async def measure(
         prompt = partial(prompt_of, vocab_size=arguments.vocab_size, seed=seed)
         records = await run_load(target, workload, prompt, drain_s=arguments.drain_s, on_done=advance)
     counted = [record for record in records if record.arrival_s - records[0].arrival_s >= arguments.warmup_s]
-    return summarize(counted), outcomes(counted)
+    started_s = records[0].arrival_s - min(request.arrival_s for request in workload)
+    return Measured(summarize(counted), outcomes(counted), records, started_s)
 
 
 def workload_from(arguments: argparse.Namespace) -> Workload:
@@ -126,17 +144,20 @@ async def run(arguments: argparse.Namespace, workload_of: Workload, file: Result
                 if file.holds((name, seed, rate_rps)):
                     continue
                 async with AsyncExitStack() as stack:
-                    target, router = await open_target(name, arguments, seed, stack)
+                    target, system = await open_target(name, arguments, seed, stack)
                     watch = CpuWatch()
-                    async with watched(router) as facts:
-                        report, ends = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
+                    async with watched(system.router) as facts:
+                        measured = await measure(target, workload, arguments, f"{name} {rate_rps:g}/s", seed)
                     cpu = watch.cores()
-                print(f"{name} seed {seed} {rate_rps:g}/s joint {report.joint:.1%}: {ends}; {cpu}", file=sys.stderr)
+                    late = machine_lateness(system, arguments.profile, measured, target)
+                report = measured.report
+                how = f"joint {report.joint:.1%}: {measured.ends}; {cpu}"
+                print(f"{name} seed {seed} {rate_rps:g}/s {how}", file=sys.stderr)
                 if not report.finished:
                     empty += 1
                     continue
                 result = {"system": name, "seed": seed, "rate_rps": rate_rps, "report": report.as_dict(), "cpu": cpu}
-                file.append(result | facts.summary())
+                file.append(result | facts.summary(measured.started_s) | late)
     return empty
 
 
@@ -155,15 +176,18 @@ class Facts:
 
     prediction_policy: str = ""
     """Who predicted last."""
-    rooms_s: list[float] = field(default_factory=list)
-    """Room that workers leave in gaps: their median, every second."""
+    rooms: list[tuple[float, list[float]]] = field(default_factory=list)
+    """Every second, on the monotonic clock: the room in seconds that each worker leaves in gaps, HPs first, by id."""
 
     async def ask(self, client: AsyncClient) -> None:
         """Ask once. Raises AscendraError."""
         status = await client.status()
         self.prediction_policy = status.prediction_policy
-        if status.workers:
-            self.rooms_s.append(statistics.median(worker.delivery_s for worker in status.workers))
+        workers = sorted(
+            status.workers, key=lambda worker: (worker.role != common_pb2.ROLE_HIGH_PRIORITY, worker.worker_id)
+        )
+        if workers:
+            self.rooms.append((time.monotonic(), [round(worker.delivery_s, 6) for worker in workers]))
 
     async def follow(self, client: AsyncClient) -> None:
         """Ask until cancelled; a router that does not answer once has other things to do than end a run."""
@@ -172,13 +196,15 @@ class Facts:
             with suppress(AscendraError):
                 await self.ask(client)
 
-    def summary(self) -> dict[str, Any]:
-        """Return it for the result file; nothing without a router."""
+    def summary(self, started_s: float) -> dict[str, Any]:
+        """Return it for the result file, with times from `started_s` on; nothing without a router."""
         if not self.prediction_policy:
             return {}
+        medians_s = [statistics.median(rooms_s) for _, rooms_s in self.rooms]
         return {
             "prediction_policy_at_end": self.prediction_policy,
-            "delivery_s": statistics.median(self.rooms_s) if self.rooms_s else 0.0,
+            "delivery_s": statistics.median(medians_s) if medians_s else 0.0,
+            "rooms": [(round(at_s - started_s, 3), rooms_s) for at_s, rooms_s in self.rooms],
         }
 
 
@@ -203,11 +229,26 @@ async def watched(router: str) -> AsyncIterator[Facts]:
                 await following
 
 
-async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack) -> tuple[Target, str]:
-    """Start (or only connect to) a system; return it and the address of a router, empty if it has none."""
+def machine_lateness(system: RunningSystem, profile: str, measured: Measured, target: Target) -> dict[str, Any]:
+    """Return for the result file what the machine added to steps and deliveries; only of systems started here."""
+    if not system.step_logs or not isinstance(target, AscendraTarget):
+        return {}
+    try:
+        late = lateness(system.step_logs, load_profile(profile), measured.records, target.homes)
+    except ValueError as error:
+        print(f"lateness not known: {error}", file=sys.stderr)
+        return {}
+    return {"lateness": late.as_dict()}
+
+
+async def open_target(
+    name: str, arguments: argparse.Namespace, seed: int, stack: AsyncExitStack
+) -> tuple[Target, RunningSystem]:
+    """Start (or only connect to) a system; return what load goes to, and the system as far as it is known."""
+    system = RunningSystem()
     if name == "openai":
         openai = openai_target(arguments.openai, arguments.openai_model, timeout_s=arguments.timeout_s)
-        return await stack.enter_async_context(openai), ""
+        return await stack.enter_async_context(openai), system
     addresses = arguments.address
     if not addresses:
         workers = Workers(
@@ -222,8 +263,9 @@ async def open_target(name: str, arguments: argparse.Namespace, seed: int, stack
         system = await stack.enter_async_context(running_system(SYSTEMS[name], workers, seed=seed))
         addresses = [system.router]
         await asyncio.sleep(1)  # lets routers attach and learn the round trip
-    target = await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s))
-    return target, addresses[0]
+    else:
+        system = RunningSystem(router=addresses[0])
+    return await stack.enter_async_context(ascendra_target(addresses, timeout_s=arguments.timeout_s)), system
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -118,11 +118,14 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class RunningSystem:
-    """Where a started system can be reached."""
+    """Where a system can be reached."""
 
-    router: str
-    predictor: str
+    router: str = ""
     """Empty: it has none."""
+    predictor: str = ""
+    """Empty: it has none."""
+    step_logs: Mapping[str, Path] = field(default_factory=dict)
+    """Of its workers, by id, if it was started here; gone when it has stopped."""
 
 
 @contextlib.asynccontextmanager
@@ -135,6 +138,8 @@ async def running_system(system: System, workers: Workers, *, seed: int) -> Asyn
                 "services.predictor", {"listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
             )
         configs = [_worker_config(system, workers, index, predictor, seed) for index in range(workers.count)]
+        step_logs = {config["worker-id"]: processes.folder / f"{config['worker-id']}.jsonl" for config in configs}
+        configs = [config | {"step-log": str(step_logs[config["worker-id"]])} for config in configs]
         addresses, _ = await processes.start_workers(configs, niceness=WORKER_NICENESS)
         router = {
             "listen": "127.0.0.1:0",
@@ -149,7 +154,7 @@ async def running_system(system: System, workers: Workers, *, seed: int) -> Asyn
             names = [config["worker-id"] for config in configs]
             fault = disturb_predictor(system.predictor_fault, predictor_pid, predictor, names)
             disturbing = tasks.create_task(fault)
-            yield RunningSystem(address, predictor)
+            yield RunningSystem(address, predictor, step_logs)
             disturbing.cancel()
 
 

@@ -48,6 +48,8 @@ class AscendraTarget:
     """A router, through one Session of the SDK."""
 
     def __init__(self, session: Session, *, timeout_s: float) -> None:
+        self.homes: dict[str, str] = {}
+        """By id of a finished request whose tokens all come from one worker: that worker."""
         self._session = session
         self._timeout_s = timeout_s
 
@@ -64,6 +66,10 @@ class AscendraTarget:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     yield len(chunk.token_ids)
+                    if chunk.finished is not None:
+                        attempts = chunk.finished.receipt.attempts
+                        if not any(attempt.first_token_offset for attempt in attempts):
+                            self.homes[request.request_id] = attempts[-1].worker_id
         except ResourceExhaustedError as error:
             raise RefusedError(error.message) from error
         except AscendraError as error:

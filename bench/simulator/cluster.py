@@ -12,6 +12,7 @@ from bench.metrics import Outcome, RequestRecord, attains
 from bench.simulator.engine import EngineConfig
 from bench.simulator.instance import Instance, StepReport, StepTimeTruth
 from bench.simulator.request import SimRequest
+from bench.simulator.scatter import Scatter
 from bench.workloads import WorkloadRequest
 from services.policy.state import Role
 from services.policy.step_time import A100_LLAMA3_8B, StepTimeModel
@@ -32,6 +33,11 @@ class ClusterConfig:
     """Router to worker, and back to the caller."""
     staleness_s: float = 0.002
     """Age of a worker's report when the router uses it, beyond the hop."""
+    delivery: Scatter | None = None
+    """From a step's end to its tokens' arrival at their callers, as measured; replaces `hop_s` there."""
+    rooms: Sequence[tuple[float, Sequence[float]]] = ()
+    """(Time, room in seconds that each instance's dynamic budget leaves in gaps from then on), as live workers learn it
+    from how late their tokens come; without it, what the system's policy says."""
     drain_s: float = 600.0
     """The run ends this long after the last arrival; what is not finished then is unfinished."""
     seed: int = 0
@@ -99,16 +105,18 @@ class Cluster:
             if collecting:
                 gc.enable()
         self.preemptions = sum(request.preemptions for request in self._requests)
-        return [_record(request) for request in self._requests]
+        return [self._record(request) for request in self._requests]
 
     def begin(self, workload: Sequence[WorkloadRequest], router: Router) -> None:
         """Prepare to serve a workload."""
         self.router = router
-        requests = self._requests = [_sim_request(item, self.config.hop_s) for item in workload]
+        requests = self._requests = [_sim_request(item) for item in workload]
         requests.sort(key=lambda request: request.arrival_s)
         self._end_s = requests[-1].arrival_s + self.config.drain_s if requests else 0.0
         self._counted_from_s = requests[self._warmup].arrival_s if self._warmup < len(requests) else math.inf
         self._next_arrival(iter(requests))
+        for at_s, rooms_s in self.config.rooms:
+            self.at(at_s, self._leave_rooms, rooms_s)
 
     def advance(self, most: int) -> bool:
         """Serve on for so many events; returns whether there is more to do."""
@@ -181,6 +189,10 @@ class Cluster:
     def _scheduled(self, index: int, started: Sequence[SimRequest], relegated: Sequence[SimRequest]) -> None:
         self.router.on_scheduled(index, started, relegated, self.now_s)
 
+    def _leave_rooms(self, rooms_s: Sequence[float]) -> None:
+        for instance, room_s in zip(self.instances, rooms_s, strict=True):
+            instance.leave_room(room_s)
+
     def _finish(self, instance: Instance) -> None:
         report = instance.finish_step(self.now_s)
         report.age_s = self.config.staleness_s
@@ -203,7 +215,7 @@ class Cluster:
         self._start(instance)
 
     def _is_miss(self, request: SimRequest) -> bool:
-        return request.arrival_s >= self._counted_from_s and not attains(_record(request))
+        return request.arrival_s >= self._counted_from_s and not attains(self._record(request))
 
     def _report(self, index: int, report: StepReport) -> None:
         self.router.on_report(index, report, self.now_s)
@@ -221,8 +233,31 @@ class Cluster:
     def _answered(self, request: SimRequest, gone: bool) -> None:
         self.router.on_withdrawn(request, gone, self.now_s)
 
+    def _record(self, request: SimRequest) -> RequestRecord:
+        times_s = request.token_times_s
+        outcome = request.outcome
+        if outcome is not Outcome.REFUSED:
+            outcome = Outcome.FINISHED if len(times_s) >= request.output_tokens else Outcome.UNFINISHED
+        if self.config.delivery is None:
+            hop_s = self.config.hop_s
+            delivered_s = [time_s + hop_s for time_s in times_s]
+        else:
+            of_step_s = self.instances[request.worker].delivered_s
+            delivered_s = [of_step_s[time_s] for time_s in times_s]
+        return RequestRecord(
+            request_id=request.request_id,
+            arrival_s=request.arrival_s,
+            prompt_tokens=request.input_tokens,
+            ttft_slo_s=request.slo.ttft_s,
+            tbt_slo_s=request.slo.tbt_s,
+            outcome=outcome,
+            token_times_s=delivered_s,
+            slo_class=request.slo_class,
+            relegated=request.was_relegated,
+        )
 
-def _sim_request(item: WorkloadRequest, hop_s: float) -> SimRequest:
+
+def _sim_request(item: WorkloadRequest) -> SimRequest:
     return SimRequest(
         request_id=item.request_id,
         arrival_s=item.arrival_s,
@@ -233,24 +268,4 @@ def _sim_request(item: WorkloadRequest, hop_s: float) -> SimRequest:
         total_tokens=item.prompt_tokens,
         slo_class=item.slo_class,
         prefix_hashes=item.prefix_hashes,
-        hop_s=hop_s,
-    )
-
-
-def _record(request: SimRequest) -> RequestRecord:
-    times = request.token_times_s
-    outcome = request.outcome
-    if outcome is not Outcome.REFUSED:
-        outcome = Outcome.FINISHED if len(times) >= request.output_tokens else Outcome.UNFINISHED
-    hop_s = request.hop_s
-    return RequestRecord(
-        request_id=request.request_id,
-        arrival_s=request.arrival_s,
-        prompt_tokens=request.input_tokens,
-        ttft_slo_s=request.slo.ttft_s,
-        tbt_slo_s=request.slo.tbt_s,
-        outcome=outcome,
-        token_times_s=[time_s + hop_s for time_s in times],
-        slo_class=request.slo_class,
-        relegated=request.was_relegated,
     )

@@ -2,11 +2,12 @@
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from bench.simulator.engine import Engine, EngineConfig, Step
 from bench.simulator.request import SimRequest
+from bench.simulator.scatter import Scatter, ScoreWalk
 from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, may_evict, order_waiting, resident_first
@@ -17,6 +18,7 @@ from services.policy.step_fit import OnlineStepTimeFit
 from services.policy.step_time import StepShape, StepTimeModel
 from services.policy.token_budget import BudgetPolicy, DecodeLoad, least_gap_s, prefill_budget
 
+_LEAST_STEP_S = 0.001
 CHUNKS_CONSIDERED = 64
 """Requests whose context the budget looks at; more than fit into any step."""
 
@@ -32,9 +34,14 @@ class StepTimeTruth:
     """Standard deviation of log(step time)."""
     overhead_s: float = 0.0005
     """Between two steps, while the device waits: input preparation, sampling, output processing."""
+    measured_excess: tuple[Scatter, Scatter] | None = None
+    """What steps without and with prefill take beyond the model, as measured; replaces jitter and overhead."""
 
     def step_s(self, shape: StepShape, rng: random.Random) -> float:
         """Draw the seconds from one step's start to the next one's."""
+        if self.measured_excess is not None:
+            excess_s = self.measured_excess[shape.prefill_tokens > 0].at(rng.gauss(0, 1))
+            return max(self.model.step_s(shape) * self.bias + excess_s, _LEAST_STEP_S)
         factor = self.bias
         if self.jitter_sigma:
             factor *= math.exp(rng.gauss(-0.5 * self.jitter_sigma**2, self.jitter_sigma))
@@ -62,6 +69,8 @@ class StepReport:
     """How long it lay at the worker before it was sent."""
     model: StepTimeModel | None = None
     """What the worker plans with now."""
+    delivery_s: float = 0.0
+    """Room that its dynamic budget leaves in gaps; 0: a static one."""
 
 
 @dataclass(slots=True)
@@ -93,6 +102,7 @@ class Instance:
         seed: int,
         learn: bool = True,
         sees_prefixes: bool = False,
+        delivery: Scatter | None = None,
     ) -> None:
         """Start empty.
 
@@ -101,6 +111,7 @@ class Instance:
             budget: how the token budget is chosen; None leaves vLLM's `max_num_batched_tokens`.
             learn: fit the step-time model to the steps that it takes, from `believed` on.
             sees_prefixes: know what the prefix cache saves the waiting requests.
+            delivery: from a step's end to its tokens' arrival at their callers; None: they are told the end.
         """
         self.index = index
         self.worker_id = f"w{index:03d}"
@@ -130,6 +141,11 @@ class Instance:
         self._step_s = 0.0
         self._shape = StepShape()
         self._fit = OnlineStepTimeFit(believed) if learn else None
+        self.delivered_s: dict[float, float] = {}
+        """When the tokens of a step reached their callers, by its end; empty without `delivery`."""
+        self._delivery = delivery
+        self._delays = ScoreWalk(delivery.correlation, random.Random(f"{seed}:{index}:delivery")) if delivery else None
+        self._delivered_s = 0.0
 
     def start_step(self, now_s: float) -> float | None:
         """Schedule a step; returns when it will be over, or None when there is nothing to do."""
@@ -155,6 +171,11 @@ class Instance:
         self._step_s = self._truth.step_s(self._shape, self._rng)
         return now_s + self._step_s
 
+    def leave_room(self, delivery_s: float) -> None:
+        """Leave so much room in gaps from the next step on."""
+        if self._budget is not None:
+            self._budget = replace(self._budget, delivery_s=max(delivery_s, BudgetPolicy().delivery_s))
+
     def finish_step(self, now_s: float) -> StepReport:
         """End the step in progress: tokens come out."""
         step = self.step
@@ -166,6 +187,10 @@ class Instance:
         if self._fit is not None and step.scheduled:
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
+        if self._delivery is not None and self._delays is not None:
+            # Messages of a worker do not overtake each other.
+            self._delivered_s = max(self._delivered_s, now_s + self._delivery.at(self._delays.next()))
+            self.delivered_s[now_s] = self._delivered_s
         engine = self.engine
         finished, first_tokens = engine.complete(step, now_s)
         resident = self._resident = self._survey(now_s)
@@ -180,6 +205,7 @@ class Instance:
             busy=bool(engine.running or engine.waiting),
             queued_tokens=engine.waiting_tokens + sum([request.remaining_tokens for request in resident.partial]),
             model=self.model,
+            delivery_s=self._budget.delivery_s if self._budget is not None else 0.0,
         )
 
     def _survey(self, now_s: float) -> Resident:

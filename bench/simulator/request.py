@@ -35,8 +35,6 @@ class SimRequest(QueuedRequest):
     preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
     """When each token left the engine."""
-    hop_s: float = 0.0
-    """From there to the caller."""
     outcome: Outcome = Outcome.UNFINISHED
     worker: int = -1
     """Index of the instance that owns it."""

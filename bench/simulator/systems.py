@@ -237,6 +237,7 @@ def assemble(
             config.seed,
             config.learn and system.order is not None,
             sees_prefixes,
+            config.delivery,
         )
         instances.append(instance)
         view = InstanceView(

@@ -174,6 +174,8 @@ class WorkerState:
         view.min_tbt_s = report.min_tbt_s
         view.kv_used_tokens = report.kv_used_tokens
         view.model = report.model or view.model
+        if report.delivery_s and report.delivery_s != self.budget.delivery_s:
+            self.budget = replace(self.budget, delivery_s=report.delivery_s)
         self._busy = report.busy
         self._queued_tokens = report.queued_tokens
         self._began_s = now_s - report.age_s

@@ -1,17 +1,10 @@
-"""Decisions and ends of requests as JSON lines in a file: written by a thread, bounded, never in the way of serving."""
+"""Decisions and ends of requests as JSON lines in a file."""
 
 import math
-import queue
-import threading
-from pathlib import Path
-from typing import Any
 
-import orjson
-
+from services.common.line_log import LineLog
 from services.router import metrics
 from services.router.request import DecisionRecord, LiveRequest
-
-_MAX_PENDING = 20_000
 
 
 class DecisionLog:
@@ -19,17 +12,13 @@ class DecisionLog:
 
     def __init__(self, path: str) -> None:
         """Open the file for appending. Raises OSError."""
-        self._queue: queue.Queue[bytes | None] = queue.Queue(_MAX_PENDING)
-        self._file = Path(path).open("ab") if path else None  # noqa: SIM115 - closed by the writing thread
-        self._thread = threading.Thread(target=self._write, name="decision-log", daemon=True) if path else None
-        if self._thread is not None:
-            self._thread.start()
+        self._lines = LineLog(path, "decision-log", metrics.DECISION_LOG_DROPPED.inc)
 
     def write(self, request: LiveRequest, record: DecisionRecord) -> None:
         """Append a decision; dropped and counted when the disk cannot follow."""
-        if self._file is None:
+        if not self._lines.writes:
             return
-        self._append(
+        self._lines.append(
             {
                 "request_id": request.spec.request_id,
                 "at_ms": _ms(record.at_s),
@@ -48,10 +37,10 @@ class DecisionLog:
 
         `arrival_s` is on the host's monotonic clock; tokens that a resumed request brought count as prompt.
         """
-        if self._file is None:
+        if not self._lines.writes:
             return
         spec, resumed = request.spec, request.resumed_tokens
-        self._append(
+        self._lines.append(
             {
                 "request_id": spec.request_id,
                 "at_ms": _ms(now_s - request.arrival_s),
@@ -71,28 +60,9 @@ class DecisionLog:
             }
         )
 
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            self._queue.put_nowait(orjson.dumps(line) + b"\n")
-        except queue.Full:
-            metrics.DECISION_LOG_DROPPED.inc()
-
-    def close(self, timeout_s: float = 2.0) -> None:
-        """Write what is pending and close the file; waits at most timeout_s."""
-        if self._thread is not None:
-            try:
-                self._queue.put(None, timeout=timeout_s)
-            except queue.Full:
-                return
-            self._thread.join(timeout_s)
-
-    def _write(self) -> None:
-        assert self._file is not None
-        with self._file as file:
-            while (line := self._queue.get()) is not None:
-                file.write(line)
-                if self._queue.empty():
-                    file.flush()
+    def close(self) -> None:
+        """Write what is pending and close the file; waits two seconds at most."""
+        self._lines.close()
 
 
 def _ms(seconds: float) -> float | None:

@@ -18,6 +18,7 @@ from services.worker.config import WorkerConfig
 from services.worker.engine.contract import Engine
 from services.worker.registration import keep_registered
 from services.worker.servicer import WorkerServicer
+from services.worker.step_log import StepLog
 from services.worker.telemetry import TelemetryReporter
 from services.worker.worker import Worker
 
@@ -39,6 +40,8 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
     engine = await VllmEngine.start(config.engine_settings())
     tracer = make_tracer("worker", config.effective_worker_id, config.otlp_endpoint, sample_ratio=1.0)
     worker = Worker(config, engine, tracer)
+    steps = StepLog(config.step_log)
+    engine.on_report(steps.note)
     server = await start_grpc_server(
         config.listen,
         lambda server: _register(server, worker),
@@ -72,6 +75,7 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await asyncio.to_thread(steps.close)
         await _close(worker, server, http, engine)
 
 

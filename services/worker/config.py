@@ -73,6 +73,7 @@ class WorkerConfig:
     )
     relegation: Literal["none", "late", "moore_hodgson"] = option("moore_hodgson", "whom to give up in overload")
     max_live_requests: int = option(4096, "most unfinished requests; more are refused with a retryable status")
+    step_log: str = option("", "file that receives every engine step as a JSON line; empty: none")
     predictor: str = option("", "address of the predictor; empty: none")
     routers: tuple[str, ...] = option((), "routers to register with")
     api_key_file: str = option("", "file with the API key that the routers ask of those who register; empty: none")
@@ -100,6 +101,8 @@ class WorkerConfig:
             raise ValueError(f"kv-lease-s must be at least 6, got {self.kv_lease_s}")
         if not 0 <= self.calm_factor < math.inf:
             raise ValueError(f"calm-factor must be a finite number of at least 0, got {self.calm_factor}")
+        if self.step_log and not os.access(Path(self.step_log).parent, os.W_OK):
+            raise ValueError(f"step-log: cannot write into the folder of {self.step_log}")
         if not self.model and self.engine != "emulated":
             raise ValueError(f"model must be set for the {self.engine} engine")
         gpus = self.tensor_parallel_size * self.pipeline_parallel_size

@@ -32,6 +32,7 @@ STEP_TOKENS = Histogram(
 TOKEN_BUDGET = Gauge("ascendra_worker_token_budget", "Token budget of the last step.")
 QUEUED_PREFILL_TOKENS = Gauge("ascendra_worker_queued_prefill_tokens", "Prefill tokens still to compute.")
 TELEMETRY_DROPPED = Counter("ascendra_worker_telemetry_dropped_steps", "Steps not reported to the predictor.")
+STEP_LOG_DROPPED = Counter("ascendra_worker_step_log_dropped", "Steps not written because the disk is slow.")
 
 
 class WorkerInfo(Collector):

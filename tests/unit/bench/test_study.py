@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench import study
 from bench.bound import least_work_s, most_kept, works_s
-from bench.fidelity import compared, simulated_name
+from bench.fidelity import marked, simulated_name
 from bench.options import Setting, cluster_for
 from bench.report_capacity import draw, goals, overview, workload_section
 from bench.simulator.cluster import ClusterConfig
@@ -106,9 +106,14 @@ def test_a_study_resumes_and_its_tables_name_what_was_measured(
 
 
 def test_live_and_simulated_are_compared_under_one_name() -> None:
-    """Names of the live bench map onto the simulator's, and differences have the right sign."""
+    """Names of the live bench map onto the simulator's; what is more than 2 points or 10% off is marked."""
     assert simulated_name("vllm-least-512") == "vllm-512-least"
     assert simulated_name("ascendra-2hp") == "ascendra-2hp"
-    live = {"joint": 0.97, "ttft_p50_s": 0.2, "ttft_p90_s": 0.5}
-    off = compared(live, {"joint": 0.98, "ttft_p50_s": 0.18, "ttft_p90_s": 0.55})
-    assert off == pytest.approx({"joint_points": 0.01, "ttft_p50_s": -0.1, "ttft_p90_s": 0.1})
+    assert [marked("joint", 0.97, model) for model in (0.989, 0.951, 0.991, 0.949)] == [
+        "98.9%",
+        "95.1%",
+        "99.1% (!)",
+        "94.9% (!)",
+    ]
+    assert marked("ttft_p50_s", 0.2, 0.181) == "0.181"
+    assert marked("ttft_p90_s", 0.5, 0.551) == "0.551 (!)"
