@@ -12,6 +12,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.simulator.prefix_cache import BlockCache, Key
 from bench.simulator.request import SimRequest
@@ -135,14 +136,16 @@ class Engine:
         """
         finished = []
         prefilled = []
+        stamp: Any = now_s  # compiled code makes a number an object where it goes into a list: once a step, not a token
         for request, tokens in step.scheduled:
             computed = request.computed_tokens + tokens
             request.computed_tokens = computed
             if computed == request.total_tokens:
-                times = request.token_times_s
+                times: list[Any] = request.token_times_s
                 if tokens > 1 or not times:
                     prefilled.append(request)
-                times.append(now_s)
+                times.append(stamp)
+                request.last_token_s = now_s
                 request.total_tokens = computed + 1
                 if len(times) >= request.output_tokens or computed + 1 >= self._max_model_len:
                     finished.append(request)
@@ -208,8 +211,6 @@ class Engine:
         victim.prompt_tokens = victim.total_tokens
         victim.computed_tokens, victim.looked_up_s = 0, -math.inf
         victim.started = True
-        if victim.token_times_s:
-            victim.last_token_s = victim.token_times_s[-1]
         victim.preemptions += 1
         self._enqueue(victim, front=True)
         step.preempted.append(victim)

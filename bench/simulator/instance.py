@@ -227,7 +227,7 @@ class Instance:
                 continue
             if tbt_s < tightest_s:
                 tightest_s = tbt_s
-            slack_s = request.token_times_s[-1] + tbt_s - now_s
+            slack_s = request.last_token_s + tbt_s - now_s
             # A gap that is lost already asks for its plain objective, as in policy.step_bound_s.
             if slack_s <= 0:
                 slack_s = tbt_s

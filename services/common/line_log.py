@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 
 _MAX_PENDING = 20_000
+_GATHER_S = 0.1
+"""Between two looks at what there is to write."""
 
 
 class LineLog:
@@ -23,6 +25,7 @@ class LineLog:
             on_drop: called for each line that is dropped because the disk cannot follow.
         """
         self._on_drop = on_drop
+        self._closing = threading.Event()
         self._queue: queue.Queue[bytes | None] = queue.Queue(_MAX_PENDING)
         self._file = Path(path).open("ab") if path else None  # noqa: SIM115 - closed by the writing thread
         self._thread = threading.Thread(target=self._write, name=name, daemon=True) if path else None
@@ -45,6 +48,7 @@ class LineLog:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Write what is pending and close the file; waits at most timeout_s."""
+        self._closing.set()
         if self._thread is not None:
             try:
                 self._queue.put(None, timeout=timeout_s)
@@ -59,3 +63,5 @@ class LineLog:
                 file.write(line)
                 if self._queue.empty():
                     file.flush()
+                    # A thread that woke for every line would take the interpreter from the event loop each time.
+                    self._closing.wait(_GATHER_S)

@@ -14,7 +14,8 @@ from tests.support.worker_process import WorkerFleet, cpu_worker, emulated_worke
 def fleet(tiny_model: Path) -> Iterator[WorkerFleet]:
     """Workers, once a session; tests must leave their roles and policies as they found them.
 
-    "cpu" and "cpu-async" run the tiny model under our policies; "emulated" does so on A100 step times;
+    "cpu" and "cpu-async" run the tiny model under our policies; "emulated" does so on A100 step times, and logs its
+    steps in steps.jsonl;
     "emulated-stock" is plain vLLM scheduling; "emulated-slots" has two slots, and
     "emulated-priority" too, under vLLM's own priorities; "leaver" is stopped by one test, "kv-source" is killed;
     "mortal" may be killed and drained, and comes back; it reports to predictor.sock and registers at router.sock,
@@ -35,7 +36,7 @@ def _session_workers(tiny_model: Path, directory: Path) -> dict[str, dict[str, A
         "cpu": cpu_worker(tiny_model, role="low"),
         "cpu-async": cpu_worker(tiny_model, async_scheduling="on"),
         "kv-source": cpu_worker(tiny_model, kv_lease_s=6),
-        "emulated": emulated_worker(),
+        "emulated": emulated_worker(step_log=str(directory / "steps.jsonl")),
         "emulated-stock": emulated_worker(value_function="fcfs", token_budget="static", relegation="none"),
         "emulated-slots": emulated_worker(max_num_seqs=2, relegation="none"),
         "emulated-priority": emulated_worker(max_num_seqs=2, scheduler="stock"),

@@ -1,6 +1,7 @@
 """The emulated engine under the real scheduler: step times, order, budget, relegation, roles."""
 
 import asyncio
+import json
 import random
 
 import pytest
@@ -45,6 +46,25 @@ async def test_steps_take_what_the_model_says(fleet: WorkerFleet) -> None:
         assert 0.85 <= ratios[len(ratios) // 4] <= 1.1
         elapsed_s = streams[-1].times_s[-1] - streams[-1].times_s[0]
         assert 0.8 <= elapsed_s / sum(step.step_s for step in steps[-59:]) <= 1.3
+
+
+async def test_the_step_log_says_what_routers_are_told(fleet: WorkerFleet) -> None:
+    """Each step of a request is in the file once, with what its telemetry says, and ended before its tokens came."""
+    async with AttachClient(fleet.address("emulated")) as client:
+        stream = client.submit(prompt(3000), max_tokens=20)
+        await stream.finish()
+        told = {step.step: step for step in client.telemetry}
+        await asyncio.sleep(0.5)  # it is written a few times a second
+        lines = (fleet.directory / "steps.jsonl").read_text().splitlines()
+        logged = [line for line in map(json.loads, lines) if line["step"] in told]
+        assert [line["step"] for line in logged] == sorted(told)
+        assert len(logged) >= 20
+        for line in logged:
+            step = told[line["step"]]
+            for name in ("step_s", "prefill_tokens", "decodes", "decode_context_tokens", "token_budget", "running"):
+                assert line[name] == getattr(step, name), name
+        ends_s = [line["ended_s"] for line in logged][-20:]
+        assert all(end_s < came_s for end_s, came_s in zip(ends_s, stream.times_s, strict=True))
 
 
 async def test_tokens_depend_on_the_history_only(fleet: WorkerFleet) -> None:

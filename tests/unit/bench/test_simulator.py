@@ -1,6 +1,7 @@
 """The simulated cluster: conservation, determinism, what each mechanism is there for, and its cost."""
 
 import cProfile
+import itertools
 import random
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import pytest
 from bench.metrics import Outcome, attains, summarize
 from bench.simulator.cluster import ClusterConfig
 from bench.simulator.engine import Engine, EngineConfig
-from bench.simulator.instance import Instance, StepTimeTruth
+from bench.simulator.instance import Instance, StepReport, StepTimeTruth
 from bench.simulator.request import SimRequest
+from bench.simulator.scatter import SCORES, Scatter
 from bench.simulator.systems import SYSTEMS, System, simulate
 from bench.simulator.view import RoutedRequest, WorkerState
 from bench.workloads import TraceRow, WorkloadRequest, make_workload, slo_set
@@ -19,7 +21,7 @@ from services.policy.prefill import NO_STEP
 from services.policy.relegation import NONE
 from services.policy.roles import RolePolicy
 from services.policy.state import InstanceView, Role, Slo
-from services.policy.step_time import A100_LLAMA3_8B
+from services.policy.step_time import A100_LLAMA3_8B, StepShape
 from services.policy.token_budget import BudgetPolicy
 
 CHAT = [TraceRow(None, 200 + 37 * (i % 90), 20 + 7 * (i % 40)) for i in range(360)]
@@ -151,6 +153,57 @@ def test_an_idle_cluster_takes_the_unloaded_time() -> None:
     (record,) = simulate(SYSTEMS["unified"], [request], config).records
     c = A100_LLAMA3_8B.bins[0]
     assert record.ttft_s == pytest.approx(2 * 0.002 + c.a0 + 300 * (c.a1 + c.a2) + 0.001)
+
+
+def constant(seconds: float) -> Scatter:
+    """Return times that do not scatter."""
+    return Scatter((seconds,) * len(SCORES))
+
+
+def test_what_a_machine_adds_is_added() -> None:
+    """Steps take what was measured beyond the model, and tokens their way to the caller, whatever the hop is."""
+    truth = StepTimeTruth(model=A100_LLAMA3_8B, measured_excess=(constant(0.002), constant(0.005)))
+    config = ClusterConfig(instances=1, truth=truth, hop_s=0.001, delivery=constant(0.007))
+    slo = Slo(ttft_s=1.0, tbt_s=0.1)
+    request = WorkloadRequest(request_id="r", arrival_s=5.0, prompt_tokens=300, output_tokens=2, slo=slo)
+    (record,) = simulate(SYSTEMS["unified"], [request], config).records
+    prefill_s = A100_LLAMA3_8B.step_s(StepShape(300))
+    assert record.ttft_s == pytest.approx(0.001 + prefill_s + 0.005 + 0.007)
+    gap_s = record.token_times_s[1] - record.token_times_s[0]
+    assert gap_s == pytest.approx(A100_LLAMA3_8B.step_s(StepShape(0, 1, 301)) + 0.002)
+
+
+def test_late_deliveries_do_not_overtake() -> None:
+    """Delays of up to 200 ms: a caller's tokens come in order, none before the hop, and many gaps are lost."""
+    late = Scatter(tuple(0.002 if score < 1 else 0.2 for score in SCORES))
+    requests = workload(4.0, 60)
+    plain, delayed = (
+        simulate(SYSTEMS["unified"], requests, ClusterConfig(instances=2, delivery=delivery)).records
+        for delivery in (None, late)
+    )
+    assert all(record.token_times_s == sorted(record.token_times_s) for record in delayed)
+    assert sum(map(attains, delayed)) < sum(map(attains, plain)) == len(plain)
+    # The engines do not know of it: they generate when they did.
+    for one, other in zip(plain, delayed, strict=True):
+        assert all(b >= a + 0.0009 for a, b in zip(one.token_times_s, other.token_times_s, strict=True))
+
+
+def test_rooms_are_left_from_their_time_on() -> None:
+    """A worker that is to leave 30 ms of room takes shorter steps from then on, and the router hears of it."""
+
+    def longest_gaps_s(*rooms: tuple[float, tuple[float]]) -> list[float]:
+        truth = StepTimeTruth(model=A100_LLAMA3_8B, jitter_sigma=0.0)
+        config = ClusterConfig(instances=1, truth=truth, rooms=rooms)
+        times_s = [record.token_times_s for record in simulate(SYSTEMS["unified"], workload(9.0, 300), config).records]
+        gaps_s = [(end_s, end_s - start_s) for one in times_s for start_s, end_s in itertools.pairwise(one)]
+        return [max(gap_s for end_s, gap_s in gaps_s if (end_s > 10.0) is late) for late in (False, True)]
+
+    assert min(longest_gaps_s()) > 0.08
+    before_s, after_s = longest_gaps_s((9.5, (0.03,)))
+    assert before_s > 0.08 > 0.072 > after_s
+    state = WorkerState(0, InstanceView(worker_id="w", role=Role.UNIFIED, model=A100_LLAMA3_8B), BudgetPolicy())
+    state.take_in(StepReport(delivery_s=0.03), 1.0)
+    assert state.budget.delivery_s == 0.03
 
 
 def test_what_never_fits_is_refused() -> None:

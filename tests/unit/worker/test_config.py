@@ -63,6 +63,13 @@ def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
     assert (config.max_model_len, config.max_num_seqs, config.seed) == (1000, 2, 3)
 
 
+def test_a_step_log_needs_its_folder(tmp_path: Path) -> None:
+    """Said before the engine starts, not after."""
+    WorkerConfig(engine="emulated", step_log=str(tmp_path / "steps.jsonl"))
+    with pytest.raises(ValueError, match=r"step-log: cannot write into the folder of .*nowhere"):
+        WorkerConfig(engine="emulated", step_log=str(tmp_path / "nowhere" / "steps.jsonl"))
+
+
 def test_step_time_profiles(tmp_path: Path) -> None:
     """A profile is a name or a file; anything else is named in the error."""
     file = tmp_path / "model.json"
