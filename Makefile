@@ -128,11 +128,9 @@ bench-live: setup ## The tables of live services with emulated engines; needs an
 	$(PY) -m bench.live --trace $(MOONCAKE) --arrivals trace --slo B/200 --model $(MODEL) --prefix-caching --rates 3 \
 	  --max-model-len 131072 --seconds 120 --warmup-s 40 --drain-s 30 --seeds 1 2 \
 	  --systems vllm-rr-512 vllm-sticky-512 ascendra --out $(RESULTS)/prefixes-live.json
-	$(LIVE) --rates 36 42 53 --seeds 1 --systems unified ascendra --out $(RESULTS)/fidelity-live.json
-	$(LIVE) --rates 36 42 53 --seeds 1 --systems ascendra --out $(RESULTS)/fidelity-live-again.json
-	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json $(RESULTS)/fidelity-live-again.json \
-	  $(RESULTS)/live-azure-conv-42rps.json --trace $(CONV) \
-	  --systems unified ascendra vllm-rr-640 vllm-least-640 --out $(RESULTS)/fidelity.json
+	$(LIVE) --rates 42 36 53 --seeds 1 2 3 --systems unified ascendra vllm-rr-640 vllm-least-640 \
+	  --out $(RESULTS)/fidelity-live.json
+	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json --trace $(CONV) --out $(RESULTS)/fidelity.json
 	$(PY) -m bench.predictor_card --trace $(CONV) --model $(MODEL) --rates 12 30 44 56 --out $(RESULTS)/predictor-card.json
 	$(PY) -m bench.overhead --model $(MODEL) --workers 1 --routers 1 --out $(RESULTS)/overhead-one-engine.json
 	$(PY) -m bench.overhead --model $(MODEL) --routers 1 --out $(RESULTS)/overhead-eight-engines.json

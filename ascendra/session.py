@@ -41,6 +41,7 @@ class Session:
         self._timeout_s = timeout_s
         self._retry = retry
         self._link: _Link | None = None
+        self._pauses: set[asyncio.Future[None]] = set()
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -54,6 +55,8 @@ class Session:
     async def close(self) -> None:
         """End the stream; requests in flight fail and are cancelled on the server."""
         self._closed = True
+        for pause in self._pauses:
+            pause.cancel()
         if self._link is not None:
             await self._link.close()
 
@@ -73,16 +76,33 @@ class Session:
             self._open_attempt,
             timeout_s=options.get("timeout_s", self._timeout_s),
             retry=self._retry,
-            pause=self._endpoints.pause,
+            pause=self._pause,
             routers=len(self._endpoints),
         )
 
+    async def _pause(self, wait_s: float, request_id: str) -> None:
+        """Wait before a request is repeated. Raises UnavailableError when session or client is closed meanwhile."""
+        pause = asyncio.ensure_future(self._endpoints.pause(wait_s, request_id))
+        self._pauses.add(pause)
+        try:
+            await asyncio.wait([pause])
+        finally:
+            pause.cancel()
+            self._pauses.discard(pause)
+        if pause.cancelled():
+            raise _session_closed(request_id)
+        pause.result()
+
     async def _open_attempt(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> "_Mailbox":
         if self._closed:
-            raise UnavailableError("the session is closed", reason=CLOSED, request_id=request.request_id)
+            raise _session_closed(request.request_id)
         if self._link is None or self._link.ended:
             self._link = _Link(self._endpoints)
         return self._link.start(request, timeout_s)
+
+
+def _session_closed(request_id: str) -> UnavailableError:
+    return UnavailableError("the session is closed", reason=CLOSED, request_id=request_id)
 
 
 class _Mailbox:

@@ -4,10 +4,10 @@ What the machine of the live run added is an input: how much longer than the pro
 on their way to the client, as distributions, and the room that workers learned from it to leave in gaps, every second.
 One live run is one draw of these: it is compared with the median of several simulated ones, which are drawn anew.
 
-python -m bench.live --trace conv.csv.gz --model .cache/demo-model --systems unified ascendra --rates 36 42 53 \\
-    --seeds 1 --seconds 30 --warmup-s 8 --drain-s 15 --out bench/results/fidelity-live.json
-python -m bench.fidelity bench/results/fidelity-live.json bench/results/live-azure-conv-42rps.json \\
-    --systems unified ascendra vllm-rr-640 vllm-least-640 --trace conv.csv.gz --out bench/results/fidelity.json
+python -m bench.live --trace conv.csv.gz --model .cache/demo-model \\
+    --systems unified ascendra vllm-rr-640 vllm-least-640 --rates 21 18 26.5 --seeds 1 2 --workers 4 \\
+    --seconds 30 --warmup-s 8 --drain-s 15 --out bench/results/fidelity-live.json
+python -m bench.fidelity bench/results/fidelity-live.json --trace conv.csv.gz --out bench/results/fidelity.json
 """
 
 import argparse

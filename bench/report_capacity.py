@@ -28,17 +28,21 @@ def systems(document: dict[str, Any]) -> list[str]:
     return [*ours, *sorted(others, key=means.__getitem__, reverse=True)]
 
 
+def standing(document: dict[str, Any], policy: str, target: str) -> tuple[float, float]:
+    """Return what decides which of several budgets is the best: the capacity at the first seed, then the mean.
+
+    With the first seed every budget is measured, with the others only those that were best.
+    """
+    rates = capacities(document, policy, target)
+    if not rates:
+        return 0.0, 0.0
+    return rates.get(min(r["seed"] for r in document["results"]), 0.0), statistics.fmean(rates.values())
+
+
 def best(document: dict[str, Any], beginning: str, end: str, target: str) -> str:
     """Return the baseline of a family (`vllm-`, `-rr`) that carries most at a target; empty when none was measured."""
     names = [name for name in systems(document) if name.startswith(beginning) and name.endswith(end)]
-    first = min(r["seed"] for r in document["results"])
-
-    def standing(name: str) -> tuple[float, float]:
-        """Judge by the seed at which every budget was measured: the others were only for those that were best."""
-        rates = capacities(document, name, target)
-        return rates.get(first, 0.0), statistics.fmean(rates.values())
-
-    return max(names, key=standing, default="")
+    return max(names, key=lambda name: standing(document, name, target), default="")
 
 
 def ratios(document: dict[str, Any], policy: str, baseline: str, target: str) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 from bench.bound import capacity_bound_rps, most_kept, works_s
 from bench.capacity import measure, report_at
 from bench.options import Setting, UnloadedTtft, add_cluster_options, cluster_for, cluster_from, load_profile
+from bench.report_capacity import standing
 from bench.result_files import commit_id, write_result
 from bench.workloads import load_trace, slo_set
 
@@ -128,15 +129,18 @@ class Results:
         ]
         return sum(rates) / len(rates) if rates else 0.0
 
+    def standing(self, policy: str, target: float) -> tuple[float, float]:
+        """Return by what budgets are compared, as the report does."""
+        return standing(self.document, policy, f"{target:g}")
+
 
 def best_budget(results: Results, workload: Workload, dispatch: str, target: float = TARGETS[0]) -> int:
     """Return the static budget that carries most under a dispatch; where none carries the first target, the next."""
 
-    def capacity(budget: int) -> tuple[float, float]:
-        name = f"vllm-{budget}-{dispatch}"
-        return results.capacity(name, target), results.capacity(name, TARGETS[-1])
+    def standings(budget: int) -> list[tuple[float, float]]:
+        return [results.standing(f"vllm-{budget}-{dispatch}", wanted) for wanted in (target, TARGETS[-1])]
 
-    return max(workload.budgets, key=capacity)
+    return max(workload.budgets, key=standings)
 
 
 def budget_systems(workload: Workload) -> list[str]:
@@ -155,8 +159,8 @@ def best_systems(results: Results, workload: Workload) -> list[str]:
     ]
     papers = [name for name in budget_systems(workload) if name.startswith("paper")]
     if papers:
-        best = max(papers, key=lambda name: results.capacity(name, TARGETS[0]))
-        if results.capacity(best, TARGETS[0]) > results.capacity("paper", TARGETS[0]):
+        best = max(papers, key=lambda name: results.standing(name, TARGETS[0]))
+        if results.standing(best, TARGETS[0]) > results.standing("paper", TARGETS[0]):
             names.append(best)
     return list(dict.fromkeys(names))
 

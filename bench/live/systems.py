@@ -16,9 +16,10 @@ from bench.processes import Processes
 from services.policy.value_functions import VALUE_FUNCTIONS
 
 STOCK = {"value-function": "fcfs", "token-budget": "static", "relegation": "none"}
-BALANCE_ONLY = {
+BALANCE_ONLY: dict[str, Any] = {
     "offload": False,
     "rescue": False,
+    "relief": False,
     "tickets": False,
     "admission-policy": {"max-wait-s": 0, "max-waiting": 0},
 }
@@ -80,7 +81,13 @@ SYSTEMS: dict[str, System] = {
             "static-budget-tokens": 512,
             "relegation": "none",
         },
-        router={"placement": "least_requests", "rescue": False, "hp-fill": 0},
+        router={
+            "placement": "least_requests",
+            "rescue": False,
+            "relief": False,
+            "hp-fill": 0,
+            "admission-policy": BALANCE_ONLY["admission-policy"],
+        },
     ),
 }
 DEFAULT_ORDER = "ascendra-edf"

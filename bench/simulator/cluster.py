@@ -234,16 +234,16 @@ class Cluster:
         self.router.on_withdrawn(request, gone, self.now_s)
 
     def _record(self, request: SimRequest) -> RequestRecord:
-        times_s = request.token_times_s
         outcome = request.outcome
         if outcome is not Outcome.REFUSED:
-            outcome = Outcome.FINISHED if len(times_s) >= request.output_tokens else Outcome.UNFINISHED
+            done = request.generated_tokens >= request.output_tokens
+            outcome = Outcome.FINISHED if done else Outcome.UNFINISHED
+        instance = self.instances[request.worker]
         if self.config.delivery is None:
             hop_s = self.config.hop_s
-            delivered_s = [time_s + hop_s for time_s in times_s]
+            times_s = [time_s + hop_s for time_s in request.token_times_s(instance.engine.ends_s)]
         else:
-            of_step_s = self.instances[request.worker].delivered_s
-            delivered_s = [of_step_s[time_s] for time_s in times_s]
+            times_s = request.token_times_s(instance.delivered_s)
         return RequestRecord(
             request_id=request.request_id,
             arrival_s=request.arrival_s,
@@ -251,7 +251,7 @@ class Cluster:
             ttft_slo_s=request.slo.ttft_s,
             tbt_slo_s=request.slo.tbt_s,
             outcome=outcome,
-            token_times_s=delivered_s,
+            token_times_s=times_s,
             slo_class=request.slo_class,
             relegated=request.was_relegated,
         )

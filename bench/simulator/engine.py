@@ -12,7 +12,6 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from bench.simulator.prefix_cache import BlockCache, Key
 from bench.simulator.request import SimRequest
@@ -43,8 +42,10 @@ class EngineConfig:
 class Step:
     """What one engine step computes."""
 
-    scheduled: list[tuple[SimRequest, int]] = field(default_factory=list)
-    """(request, tokens), in the engine's order."""
+    requests: list[SimRequest] = field(default_factory=list)
+    """In the engine's order."""
+    tokens: list[int] = field(default_factory=list)
+    """Of each of them."""
     prefill_tokens: int = 0
     decodes: int = 0
     decode_context_tokens: int = 0
@@ -62,6 +63,7 @@ class Engine:
         "_max_model_len",
         "_watermark_blocks",
         "config",
+        "ends_s",
         "free_blocks",
         "max_num_seqs",
         "running",
@@ -85,6 +87,8 @@ class Engine:
         self.waiting_tokens = 0
         """Prefill tokens of the waiting requests."""
         self.running: list[SimRequest] = []
+        self.ends_s: list[float] = []
+        """When each step ended, by its number."""
 
     @property
     def kv_used_tokens(self) -> int:
@@ -136,18 +140,22 @@ class Engine:
         """
         finished = []
         prefilled = []
-        stamp: Any = now_s  # compiled code makes a number an object where it goes into a list: once a step, not a token
-        for request, tokens in step.scheduled:
+        number = len(self.ends_s)
+        self.ends_s.append(now_s)
+        of_each = step.tokens
+        for place, request in enumerate(step.requests):
+            tokens = of_each[place]
             computed = request.computed_tokens + tokens
             request.computed_tokens = computed
             if computed == request.total_tokens:
-                times: list[Any] = request.token_times_s
-                if tokens > 1 or not times:
+                if tokens > 1 or request.last_step < 0:
                     prefilled.append(request)
-                times.append(stamp)
+                if request.last_step != number - 1:
+                    request.begin_run(number)
+                request.last_step = number
                 request.last_token_s = now_s
                 request.total_tokens = computed + 1
-                if len(times) >= request.output_tokens or computed + 1 >= self._max_model_len:
+                if request.generated_tokens >= request.output_tokens or computed + 1 >= self._max_model_len:
                     finished.append(request)
         if finished:
             gone = set(map(id, finished))
@@ -161,7 +169,7 @@ class Engine:
         block_tokens = self._block_tokens
         longest = self._max_model_len - 1
         running = self.running
-        scheduled = step.scheduled
+        scheduled, of_each = step.requests, step.tokens
         while index < len(running) and budget > 0:
             request = running[index]
             computed = request.computed_tokens
@@ -185,7 +193,8 @@ class Engine:
                 self._take(request, blocks)
             if self._cache is not None:
                 self._name_full(self._cache, request, end)
-            scheduled.append((request, tokens))
+            scheduled.append(request)
+            of_each.append(tokens)
             budget -= tokens
             if tokens == 1 and computed >= request.input_tokens:
                 step.decodes += 1
@@ -218,9 +227,10 @@ class Engine:
 
     def _unschedule(self, step: Step, victim: SimRequest) -> int:
         """Take a request out of the step; returns the tokens it had."""
-        for place, (request, tokens) in enumerate(step.scheduled):
+        for place, request in enumerate(step.requests):
             if request is victim:
-                del step.scheduled[place]
+                tokens = step.tokens[place]
+                del step.requests[place], step.tokens[place]
                 computed = victim.computed_tokens
                 if tokens == 1 and computed >= victim.input_tokens:
                     step.decodes -= 1
@@ -260,7 +270,8 @@ class Engine:
                 self._name_full(self._cache, request, end)
             request.started = True
             running.append(request)
-            step.scheduled.append((request, tokens))
+            step.requests.append(request)
+            step.tokens.append(tokens)
             step.admitted.append(request)
             step.prefill_tokens += tokens
             step.prefill_context_products += tokens * request.computed_tokens

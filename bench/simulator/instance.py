@@ -141,11 +141,10 @@ class Instance:
         self._step_s = 0.0
         self._shape = StepShape()
         self._fit = OnlineStepTimeFit(believed) if learn else None
-        self.delivered_s: dict[float, float] = {}
-        """When the tokens of a step reached their callers, by its end; empty without `delivery`."""
+        self.delivered_s: list[float] = []
+        """When the tokens of each step reached their callers; empty without `delivery`."""
         self._delivery = delivery
         self._delays = ScoreWalk(delivery.correlation, random.Random(f"{seed}:{index}:delivery")) if delivery else None
-        self._delivered_s = 0.0
 
     def start_step(self, now_s: float) -> float | None:
         """Schedule a step; returns when it will be over, or None when there is nothing to do."""
@@ -184,13 +183,13 @@ class Instance:
         self.steps += 1
         self.busy_s += self._step_s
         self._turns.earn(self._step_s)
-        if self._fit is not None and step.scheduled:
+        if self._fit is not None and step.requests:
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
         if self._delivery is not None and self._delays is not None:
             # Messages of a worker do not overtake each other.
-            self._delivered_s = max(self._delivered_s, now_s + self._delivery.at(self._delays.next()))
-            self.delivered_s[now_s] = self._delivered_s
+            before_s = self.delivered_s[-1] if self.delivered_s else 0.0
+            self.delivered_s.append(max(before_s, now_s + self._delivery.at(self._delays.next())))
         engine = self.engine
         finished, first_tokens = engine.complete(step, now_s)
         resident = self._resident = self._survey(now_s)
@@ -304,7 +303,7 @@ class Instance:
     def _charge_promoted(self, step: Step) -> None:
         """Spend the relegated share on the chunks of requests that were placed ahead of the others."""
         pace = prefill_pace(self.model, DecodeLoad(), self._budget or BudgetPolicy())
-        for request, tokens in step.scheduled:
+        for request, tokens in zip(step.requests, step.tokens, strict=True):
             if request.request_id in self._promoted:
                 self._turns.spend(pace.work_s(tokens, request.computed_tokens))
 

@@ -16,16 +16,23 @@ class SimRequest(QueuedRequest):
     in the prefix cache; the router knows a `RoutedRequest`.
     """
 
+    # What every step reads and writes comes first: with many workers, each step finds its requests out of the cache.
     output_tokens: int
     """Tokens it will generate; no policy reads it."""
     input_tokens: int
     """Prompt tokens as sent."""
-    slo_class: str = ""
-    prefix_hashes: tuple[int, ...] = ()
     total_tokens: int = 0
     """Prompt and generated tokens."""
     kv_tokens: int = 0
     """Tokens that its KV blocks have room for."""
+    last_step: int = -2
+    """Number of the step that generated its last token; negative: it has none."""
+    run_began: int = 0
+    """Number of the first of the steps in a row, up to that one, which each generated a token of it."""
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """First and last of the steps in a row before these."""
+    slo_class: str = ""
+    prefix_hashes: tuple[int, ...] = ()
     blocks: list[int] = field(default_factory=list)
     """Its KV blocks, under prefix caching."""
     named_blocks: int = 0
@@ -33,8 +40,6 @@ class SimRequest(QueuedRequest):
     looked_up_s: float = -math.inf
     """When the prefix cache was last asked what it holds of this waiting request."""
     preemptions: int = 0
-    token_times_s: list[float] = field(default_factory=list)
-    """When each token left the engine."""
     outcome: Outcome = Outcome.UNFINISHED
     worker: int = -1
     """Index of the instance that owns it."""
@@ -44,3 +49,23 @@ class SimRequest(QueuedRequest):
     def decoding(self) -> bool:
         """Whether all but its newest token is in the KV cache and that token was generated."""
         return self.total_tokens > self.input_tokens and self.computed_tokens == self.total_tokens - 1
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens so far."""
+        return self.total_tokens - self.input_tokens
+
+    def begin_run(self, step: int) -> None:
+        """Note that a step generated a token of it, and the step before it did not."""
+        if self.last_step >= 0:
+            self.runs.append((self.run_began, self.last_step))
+        self.run_began = step
+
+    def token_times_s(self, of_steps_s: list[float]) -> list[float]:
+        """Return the time of each of its tokens, given one for each step of its engine."""
+        times_s: list[float] = []
+        for first, last in self.runs:
+            times_s += of_steps_s[first : last + 1]
+        if self.last_step >= 0:
+            times_s += of_steps_s[self.run_began : self.last_step + 1]
+        return times_s

@@ -266,10 +266,15 @@ class PlacingRouter:
         """Let HP instances with nothing urgent draw waiting work."""
         ledger = self._ledger
         assert ledger is not None
-        ledger.issue(((state.view, state.pace) for state in self._high), self._tightest_tbt_s, now_s)
+        tbt_s = self._tightest_tbt_s
+        ledger.issue(((state.view.worker_id, state.obstacle(ledger.policy, tbt_s)) for state in self._high), now_s)
         if not ledger.free:
             return
-        backlogged = (state for state in self._low if state.work_s > state.pace.capacity_s and _may_give(state))
+        backlogged = (
+            state
+            for state in self._low
+            if state.view.queue and state.work_s > state.pace.capacity_s and _may_give(state)
+        )
         backlogs_s = {
             state.view.worker_id: state.work_s - state.pace.capacity_s
             for state in heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)

@@ -10,6 +10,7 @@ from bench.simulator.request import SimRequest
 from services.policy.prefill import PrefillPace, StepInProgress, instance_pace, newcomer_work_s, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest
 from services.policy.telemetry import note_counted, see_step, share_out_progress
+from services.policy.tickets import TicketPolicy, ticket_room
 from services.policy.token_budget import BudgetPolicy
 from services.router.estimates import Ahead, newcomer_ahead
 
@@ -57,6 +58,8 @@ class WorkerState:
         "_began_s",
         "_busy",
         "_coming",
+        "_obstacle",
+        "_obstacle_tbt_s",
         "_others",
         "_pace",
         "_queued_tokens",
@@ -79,6 +82,8 @@ class WorkerState:
         self._queued_tokens = 0
         self._pace: PrefillPace | None = None
         self._work_s: float | None = None
+        self._obstacle: str | None = None
+        self._obstacle_tbt_s = 0.0
 
     @property
     def pace(self) -> PrefillPace:
@@ -125,6 +130,12 @@ class WorkerState:
         self.running(now_s)
         return newcomer_ahead(self.view, self.budget, now_s, self.pace)
 
+    def obstacle(self, policy: TicketPolicy, tbt_s: float) -> str:
+        """Return what `ticket_room` says of it."""
+        if self._obstacle is None or self._obstacle_tbt_s != tbt_s:
+            self._obstacle, self._obstacle_tbt_s = ticket_room(self.view, self.pace, policy, tbt_s), tbt_s
+        return self._obstacle
+
     def add(self, request: QueuedRequest) -> None:
         """Count a request that is about to be sent there."""
         assert isinstance(request, RoutedRequest)
@@ -132,6 +143,7 @@ class WorkerState:
         self.view.receives(request)
         self._sent[request.request_id] = request
         self.view.queue.append(request)
+        self._obstacle = None
         if self._work_s is not None and not request.relegated:
             self._work_s += self.pace.remaining_work_s(request)
 
@@ -195,3 +207,4 @@ class WorkerState:
     def _changed(self) -> None:
         self.view.queue = [*self._sent.values(), *self._others, *self._coming.values()]
         self._work_s = None
+        self._obstacle = None

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.policy.prefill import PrefillPace
 from services.policy.state import InstanceView, QueuedRequest
@@ -67,6 +67,9 @@ class TicketLedger:
     def __init__(self, policy: TicketPolicy) -> None:
         self.policy = policy
         self._live: dict[int, Ticket] = {}
+        """By id, in the order in which they expire."""
+        self._of: dict[str, set[int]] = {}
+        """Ids by issuer."""
         self._ids = itertools.count(1)
 
     @property
@@ -77,18 +80,23 @@ class TicketLedger:
     def live(self, issuer: str, now_s: float) -> int:
         """Return how many tickets of an instance are neither redeemed, revoked nor expired."""
         self._expire(now_s)
-        return sum(ticket.issuer == issuer for ticket in self._live.values())
+        return len(self._of.get(issuer, ()))
 
-    def issue(self, instances: Iterable[tuple[InstanceView, PrefillPace]], tbt_s: float, now_s: float) -> list[Ticket]:
-        """Issue as many tickets as the instances with room may, and return them; revoke those of instances without."""
+    def issue(self, instances: Iterable[tuple[str, str]], now_s: float) -> list[Ticket]:
+        """Issue as many tickets as the instances with room may, and return them; revoke those of instances without.
+
+        Args:
+            instances: (worker id, what `ticket_room` said of it).
+        """
         issued = []
-        for view, pace in instances:
-            if ticket_room(view, pace, self.policy, tbt_s):
-                self.revoke(view.worker_id)
+        for issuer, obstacle in instances:
+            if obstacle:
+                self.revoke(issuer)
                 continue
-            for _ in range(self.policy.leases - self.live(view.worker_id, now_s)):
-                ticket = Ticket(next(self._ids), view.worker_id, now_s + self.policy.lease_s)
+            for _ in range(self.policy.leases - self.live(issuer, now_s)):
+                ticket = Ticket(next(self._ids), issuer, now_s + self.policy.lease_s)
                 self._live[ticket.ticket_id] = ticket
+                self._of.setdefault(issuer, set()).add(ticket.ticket_id)
                 issued.append(ticket)
         return issued
 
@@ -110,9 +118,7 @@ class TicketLedger:
             left_s[holder] -= max(request_s, 1e-6)
             if left_s[holder] <= 0:
                 del left_s[holder]
-            held = replace(ticket, holder=holder)
-            self._live[ticket.ticket_id] = held
-            granted.append(held)
+            granted.append(self._hand(ticket, holder))
         return granted
 
     def redeem(self, ticket_id: int, now_s: float) -> bool:
@@ -121,24 +127,39 @@ class TicketLedger:
         ticket = self._live.get(ticket_id)
         if ticket is None or not ticket.holder:
             return False
-        del self._live[ticket_id]
+        self._end(ticket)
         return True
 
     def release(self, ticket_id: int) -> None:
         """Take a granted ticket back from an instance that has nothing to give for it; another may get it."""
         if ticket := self._live.get(ticket_id):
-            self._live[ticket_id] = replace(ticket, holder="")
+            self._hand(ticket, "")
 
     def revoke(self, issuer: str) -> int:
         """Void all tickets of an instance (urgent work arrived, or it is gone) and return how many there were."""
-        void = [ticket_id for ticket_id, ticket in self._live.items() if ticket.issuer == issuer]
+        void = self._of.pop(issuer, ())
         for ticket_id in void:
             del self._live[ticket_id]
         return len(void)
 
+    def _hand(self, ticket: Ticket, holder: str) -> Ticket:
+        handed = Ticket(ticket.ticket_id, ticket.issuer, ticket.expires_s, holder)
+        self._live[ticket.ticket_id] = handed
+        return handed
+
+    def _end(self, ticket: Ticket) -> None:
+        del self._live[ticket.ticket_id]
+        own = self._of[ticket.issuer]
+        own.discard(ticket.ticket_id)
+        if not own:
+            del self._of[ticket.issuer]
+
     def _expire(self, now_s: float) -> None:
-        for ticket_id in [i for i, ticket in self._live.items() if ticket.expires_s <= now_s]:
-            del self._live[ticket_id]
+        while self._live:
+            oldest = next(iter(self._live.values()))
+            if oldest.expires_s > now_s:
+                return
+            self._end(oldest)
 
 
 def choose_for_ticket(

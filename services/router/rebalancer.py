@@ -17,7 +17,7 @@ from services.policy.offload import OffloadAction, OffloadCandidate, decide_offl
 from services.policy.placement import COMPARED
 from services.policy.prefill import PrefillPace, TtftEstimate, instance_pace
 from services.policy.state import QueuedRequest, Role
-from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket
+from services.policy.tickets import TicketLedger, TicketPolicy, choose_for_ticket, ticket_room
 from services.router import metrics
 from services.router.config import LATE
 from services.router.dispatcher import Dispatcher
@@ -260,9 +260,13 @@ class Rebalancer:
         if self._ledger.policy.leases <= 0 or not high:
             return
         objectives_s = [p.request.spec.slo.tbt_s for queue in queues for p in queue.placed.values()]
+        tbt_s = min(objectives_s, default=0.0)
         views = ((self._dispatcher.placer.view(link, now_s), link.instance.budget) for link in high)
-        instances = ((view, instance_pace(view, budget)) for view, budget in views)
-        issued = self._ledger.issue(instances, min(objectives_s, default=0.0), now_s)
+        rooms = (
+            (view.worker_id, ticket_room(view, instance_pace(view, budget), self._ledger.policy, tbt_s))
+            for view, budget in views
+        )
+        issued = self._ledger.issue(rooms, now_s)
         metrics.TICKETS.labels("issued").inc(len(issued))
         backlogs_s = {
             queue.link.worker_id: queue.pace.finish_s(

@@ -132,6 +132,27 @@ async def test_a_closed_client_does_not_wait_to_repeat(kind: str) -> None:
     assert caught.value.request_id == "r1"
 
 
+async def test_a_closed_session_does_not_wait_to_repeat() -> None:
+    """Only its own requests: one of the client's other session, and a caller's cancellation, are what they were."""
+    retry = ascendra.RetryPolicy(initial_backoff_s=60, max_backoff_s=60)
+    async with asyncio.timeout(5), AsyncClient("127.0.0.1:1", retry=retry) as client:
+        sessions = [client.session(), client.session()]
+        waiting = [asyncio.create_task(one.generate("x", request_id="r1")) for one in (*sessions, sessions[0])]
+        await asyncio.sleep(0.5)
+        waiting[2].cancel()
+        await asyncio.sleep(0)
+        await sessions[0].close()
+        with pytest.raises(ascendra.UnavailableError, match="the session is closed") as caught:
+            await waiting[0]
+        assert caught.value.request_id == "r1"
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[2]
+        assert not waiting[1].done()
+        await client.close()
+        with pytest.raises(ascendra.UnavailableError, match="the client is closed"):
+            await waiting[1]
+
+
 async def test_a_cancellation_by_the_caller_stays_one_when_the_client_is_closed() -> None:
     """It is told from the one that closing makes."""
     async with scripted.serve(scripted.always(Pause(60))) as router:

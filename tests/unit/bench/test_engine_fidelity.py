@@ -182,7 +182,7 @@ class Simulated:
         step = self.engine.schedule(budget)
         finished, _ = self.engine.complete(step, 0.0)
         return StepLog(
-            {request.request_id: tokens for request, tokens in step.scheduled},
+            {request.request_id: tokens for request, tokens in zip(step.requests, step.tokens, strict=True)},
             sorted(request.request_id for request in step.preempted),
             sorted(request.request_id for request in finished),
         )

@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.metrics import Outcome, attains, summarize
 from bench.simulator.cluster import ClusterConfig
@@ -133,7 +135,7 @@ def test_paused_requests_stand_in_nobodys_way() -> None:
         now_s = instance.start_step(now_s) or now_s
         if instance.step is not None:
             instance.finish_step(now_s)
-    assert begun.token_times_s
+    assert begun.generated_tokens > 0
     assert not instance.engine.waiting
 
 
@@ -376,3 +378,18 @@ def test_cost_does_not_depend_on_the_number_of_workers() -> None:
         return sum(entry.callcount for entry in profile.getstats()) / len(requests)
 
     assert calls_per_request(64) < 1.2 * calls_per_request(8)
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_a_stream_knows_its_steps(made: list[bool]) -> None:
+    """Whatever steps generated a token of it, in a row or not, its tokens have their times."""
+    request = SimRequest(
+        request_id="r", arrival_s=0, prompt_tokens=1, slo=Slo(ttft_s=1, tbt_s=0.1), output_tokens=9, input_tokens=1
+    )
+    times_s = [0.5 * step for step in range(len(made))]
+    for step, has_token in enumerate(made):
+        if has_token:
+            if request.last_step != step - 1:
+                request.begin_run(step)
+            request.last_step = step
+    assert request.token_times_s(times_s) == [time_s for time_s, has in zip(times_s, made, strict=True) if has]

@@ -31,10 +31,15 @@ def paced(view: InstanceView) -> tuple[InstanceView, PrefillPace]:
     return view, instance_pace(view, BudgetPolicy())
 
 
+def room(view: InstanceView) -> tuple[str, str]:
+    """Return an instance with what keeps it from issuing tickets."""
+    return view.worker_id, ticket_room(*paced(view), POLICY, 0.1)
+
+
 def test_life_of_a_ticket() -> None:
     """Issued, granted to the most backlogged, redeemed once."""
     ledger = TicketLedger(POLICY)
-    issued = ledger.issue([paced(instance())], 0.1, 0.0)
+    issued = ledger.issue([room(instance())], 0.0)
     assert len(issued) == 2
     granted = ledger.grant({"lp1": 0.5, "lp2": 2.0}, 1.0, 0.0)
     assert [ticket.holder for ticket in granted] == ["lp2", "lp2"]
@@ -47,7 +52,7 @@ def test_life_of_a_ticket() -> None:
 def test_tickets_spread_as_backlogs_fall() -> None:
     """Each grant counts against the backlog at once, and nobody without backlog gets one."""
     ledger = TicketLedger(TicketPolicy(leases=4))
-    ledger.issue([paced(instance())], 0.1, 0.0)
+    ledger.issue([room(instance())], 0.0)
     granted = ledger.grant({"lp1": 1.5, "lp2": 1.0, "lp3": 0.0, "hp": 9.0}, 1.0, 0.0)
     assert sorted(ticket.holder for ticket in granted) == ["lp1", "lp1", "lp2"]
 
@@ -55,7 +60,7 @@ def test_tickets_spread_as_backlogs_fall() -> None:
 def test_an_instance_with_nothing_to_give_blocks_no_ticket() -> None:
     """What it releases goes to the next most backlogged at once, not when the lease is over."""
     ledger = TicketLedger(POLICY)
-    ledger.issue([paced(instance())], 0.1, 0.0)
+    ledger.issue([room(instance())], 0.0)
     for ticket in ledger.grant({"lp1": 5.0, "lp2": 0.5}, 0.1, 0.0):
         assert ticket.holder == "lp1"
         ledger.release(ticket.ticket_id)
@@ -69,9 +74,9 @@ def test_an_instance_with_nothing_to_give_blocks_no_ticket() -> None:
 def test_urgent_arrival_revokes() -> None:
     """An instance with urgent work issues none and loses those it had."""
     ledger = TicketLedger(POLICY)
-    ledger.issue([paced(instance())], 0.1, 0.0)
+    ledger.issue([room(instance())], 0.0)
     granted = ledger.grant({"lp": 5.0}, 0.1, 0.0)
-    assert ledger.issue([paced(instance(queue=[waiting(urgent=True)]))], 0.1, 0.0) == []
+    assert ledger.issue([room(instance(queue=[waiting(urgent=True)]))], 0.0) == []
     assert not ledger.redeem(granted[0].ticket_id, 0.01)
 
 
@@ -140,7 +145,7 @@ class Ledger(RuleBasedStateMachine):
     def issue(self, urgent: bool, name: str) -> None:
         """Issue what may be."""
         view = instance(name, queue=[waiting(urgent=True)] if urgent else [])
-        self.seen += [ticket.ticket_id for ticket in self.ledger.issue([paced(view)], 0.1, self.now_s)]
+        self.seen += [ticket.ticket_id for ticket in self.ledger.issue([room(view)], self.now_s)]
 
     @rule(backlog_s=st.floats(0, 3))
     def grant(self, backlog_s: float) -> None:

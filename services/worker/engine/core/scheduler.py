@@ -99,11 +99,11 @@ class PolicyScheduler:
             relegated = self._relegate(plan)
             withheld, paused = self._arrange(plan)
             scheduler.max_num_scheduled_tokens = plan.token_budget
-        startable = self._startable()
+        startable = self._waiting_to_start()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         # In vain: nobody came in their place although there was room in the step, so blocks or slots are short.
         idle_tokens = scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-        self._pause_allowed = not paused or self._startable() < startable or idle_tokens <= 0
+        self._pause_allowed = not paused or self._waiting_to_start() < startable or idle_tokens <= 0
         scheduler.waiting.extend(withheld)
         scheduler.running.extend(paused)
         self._note_step(output, now_s, plan, relegated)
@@ -180,7 +180,7 @@ class PolicyScheduler:
             blocked=blocked,
         )
 
-    def _startable(self) -> int:
+    def _waiting_to_start(self) -> int:
         """Return how many wait for no more than a place in a step."""
         scheduler: Any = self
         return len(scheduler.waiting) + len(scheduler.finished_recving_kv_req_ids)
