@@ -66,6 +66,7 @@ SYSTEMS: dict[str, System] = {
     "ascendra-late-split": System(router={"placement": "late"}),
     "ascendra-no-offload": System(router={"offload": False, "rescue": False}),
     "ascendra-no-rescue": System(router={"rescue": False}),
+    "ascendra-no-relief": System(router={"relief": False}),
     "ascendra-no-tickets": System(router={"tickets": False}),
     "ascendra-static-512": System(worker={"token-budget": "static", "static-budget-tokens": 512}),
     "ascendra-never-calm": System(worker={"calm-factor": 0}),

@@ -97,6 +97,11 @@ class Cadence:
         ahead_s = sum(pace.remaining_work_s(request) for request in self.view.queue if request.continued)
         return self.view.hop_s + pace.finish_s(ahead_s + pace.work_s(stream.context_tokens))
 
+    def burden_s(self, stream: RunningStream) -> float:
+        """Return the seconds that those who wait here lose together while a stream's context is computed anew."""
+        work_s = self._pace(0, 0, self.view.min_tbt_s).work_s(stream.context_tokens)
+        return work_s * sum(not (request.continued or request.relegated) for request in self.view.queue)
+
     def room_for(self, stream: RunningStream, policy: ReliefPolicy) -> bool:
         """Return whether it has a slot and KV blocks for one more stream."""
         view = self.view
@@ -139,24 +144,24 @@ class Relief:
     gain_s: float
     """Lateness that it avoids."""
     cost_s: float
-    """Pause of the stream while it moves."""
+    """Pause of the stream while it moves, and what others lose by it."""
 
     @property
     def reason(self) -> str:
         """Say it in words."""
         return (
             f"gaps of {self.gap_s * 1000:.0f} ms break its objective here, {self.target_gap_s * 1000:.0f} ms there hold"
-            f" it; avoids {self.gain_s:.2f} s of lateness for a pause of {self.cost_s:.2f} s"
+            f" it; avoids {self.gain_s:.2f} s of lateness at the cost of {self.cost_s:.2f} s"
         )
 
 
 MoveCost = Callable[[RunningStream, Cadence], float]
-"""(stream, target) -> seconds that the stream pauses while it moves there."""
+"""(stream, target) -> seconds that the stream pauses while it moves there, and that others lose by it."""
 
 
 def replay_cost_s(stream: RunningStream, target: Cadence) -> float:
-    """Return the pause of a move that computes the context again."""
-    return target.replay_s(stream)
+    """Return the cost of a move that computes the context again: while that lasts, nobody else is prefilled there."""
+    return target.replay_s(stream) + target.burden_s(stream)
 
 
 def best_relief(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.common.logging import get_logger
+from services.policy.kv_move import MoveMethod
 from services.policy.placement import COMPARED
 from services.policy.relief import Cadence, Relief, ReliefLedger, RunningStream, best_relief
 from services.router import metrics
@@ -72,7 +73,9 @@ class StreamRelief:
     ) -> None:
         def cost_s(stream: RunningStream, target: Cadence) -> float:
             plan = self._plan(stream.request_id, others[target.view.worker_id])
-            return plan.cost_s if plan is not None else math.inf
+            if plan is None:
+                return math.inf
+            return plan.cost_s + (target.burden_s(stream) if plan.choice.method is MoveMethod.REPLAY else 0.0)
 
         while True:
             targets = [self._cadence(other, now_s) for other in others.values() if other.takes_requests(now_s)]

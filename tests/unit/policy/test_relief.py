@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.policy.relief import Cadence, Relief, ReliefLedger, ReliefPolicy, RunningStream, best_relief
-from services.policy.state import InstanceView, Role
+from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.step_time import A100_LLAMA3_8B, StepTimeBin, StepTimeModel
 from services.policy.token_budget import BudgetPolicy
 from tests.unit.policy.strategies import models, requests
@@ -113,6 +113,28 @@ def test_a_stream_leaves_a_slow_worker_for_one_that_holds_it() -> None:
     assert relief is not None
     assert relief.target == "target"
     assert "gaps of 214 ms break its objective here" in relief.reason
+
+
+def test_a_replay_costs_those_who_wait_there() -> None:
+    """Ten prompts that a context of 7,000 tokens holds up cost more than gaps of 214 ms; given up ones do not count."""
+    slow = instance(SLOW, "home", decodes=4, min_tbt_s=0.1)
+    long = stream(context_tokens=7000)
+
+    def waiting(**flags: Any) -> list[QueuedRequest]:
+        slo = Slo(ttft_s=1, tbt_s=0.1)
+        return [
+            QueuedRequest(request_id=f"w{place}", arrival_s=0, prompt_tokens=10, slo=slo, **flags)
+            for place in range(10)
+        ]
+
+    relief, _ = best_relief(slow, [long], [instance()], 100.0, POLICY)
+    assert relief is not None
+    assert reason_to_stay(slow, long, instance(queue=waiting())) == "costs_more_than_it_gains"
+    past_given_up, _ = best_relief(slow, [long], [instance(queue=waiting(relegated=True))], 100.0, POLICY)
+    assert past_given_up is not None
+    # By KV it computes nothing there.
+    by_kv, _ = best_relief(slow, [long], [instance(queue=waiting())], 100.0, POLICY, lambda stream, target: 0.1)
+    assert by_kv is not None
 
 
 def test_reasons_to_stay() -> None:
