@@ -82,6 +82,14 @@ class Cadence:
         queued = sum(request.remaining_tokens for request in self.view.queue)
         return max(self._step_s(0, 0, queued, self.view.min_tbt_s), self.observed_gap_s)
 
+    def bears_out(self, tbt_s: float, policy: ReliefPolicy) -> bool:
+        """Return whether what was observed agrees with a prediction that gaps break an objective, if anything was.
+
+        A prediction stands for `sustain_s`, several steps, before anybody moves. Where their times come nowhere near
+        the objective meanwhile it is wrong: moves by it would fill other instances with contexts to compute again.
+        """
+        return not self.observed_gap_s or self.observed_gap_s >= policy.hold_share * tbt_s
+
     def gap_with_s(self, stream: RunningStream) -> float:
         """Return the same with one more stream, while its context is computed here."""
         queued = sum(request.remaining_tokens for request in self.view.queue) + stream.context_tokens
@@ -96,11 +104,6 @@ class Cadence:
         pace = self._pace(0, 0, self.view.min_tbt_s)
         ahead_s = sum(pace.remaining_work_s(request) for request in self.view.queue if request.continued)
         return self.view.hop_s + pace.finish_s(ahead_s + pace.work_s(stream.context_tokens))
-
-    def burden_s(self, stream: RunningStream) -> float:
-        """Return the seconds that those who wait here lose together while a stream's context is computed anew."""
-        work_s = self._pace(0, 0, self.view.min_tbt_s).work_s(stream.context_tokens)
-        return work_s * sum(not (request.continued or request.relegated) for request in self.view.queue)
 
     def room_for(self, stream: RunningStream, policy: ReliefPolicy) -> bool:
         """Return whether it has a slot and KV blocks for one more stream."""
@@ -144,24 +147,24 @@ class Relief:
     gain_s: float
     """Lateness that it avoids."""
     cost_s: float
-    """Pause of the stream while it moves, and what others lose by it."""
+    """Pause of the stream while it moves."""
 
     @property
     def reason(self) -> str:
         """Say it in words."""
         return (
             f"gaps of {self.gap_s * 1000:.0f} ms break its objective here, {self.target_gap_s * 1000:.0f} ms there hold"
-            f" it; avoids {self.gain_s:.2f} s of lateness at the cost of {self.cost_s:.2f} s"
+            f" it; avoids {self.gain_s:.2f} s of lateness for a pause of {self.cost_s:.2f} s"
         )
 
 
 MoveCost = Callable[[RunningStream, Cadence], float]
-"""(stream, target) -> seconds that the stream pauses while it moves there, and that others lose by it."""
+"""(stream, target) -> seconds that the stream pauses while it moves there."""
 
 
 def replay_cost_s(stream: RunningStream, target: Cadence) -> float:
-    """Return the cost of a move that computes the context again: while that lasts, nobody else is prefilled there."""
-    return target.replay_s(stream) + target.burden_s(stream)
+    """Return the pause of a move that computes the context again."""
+    return target.replay_s(stream)
 
 
 def best_relief(
@@ -177,7 +180,7 @@ def best_relief(
     stay: Counter[str] = Counter()
     free: list[RunningStream] = []
     for stream in streams:
-        if gap_s <= stream.tbt_s:
+        if gap_s <= stream.tbt_s or not home.bears_out(stream.tbt_s, policy):
             continue
         if stream.hops >= policy.hop_limit:
             stay["hop_limit"] += 1

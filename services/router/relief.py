@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.common.logging import get_logger
-from services.policy.kv_move import MoveMethod
 from services.policy.placement import COMPARED
 from services.policy.relief import Cadence, Relief, ReliefLedger, RunningStream, best_relief
 from services.router import metrics
@@ -52,7 +51,9 @@ class StreamRelief:
             streams = _running(link)
             home = self._cadence(link, now_s)
             gap_s = gaps_s[link.worker_id] = home.gap_s()
-            breaks = any(stream.tbt_s < gap_s for stream in streams.values())
+            breaks = any(
+                stream.tbt_s < gap_s and home.bears_out(stream.tbt_s, self._policy) for stream in streams.values()
+            )
             if self._ledger.breaking(link.worker_id, breaks, now_s):
                 unsteady.append((link, home, streams))
         if unsteady:
@@ -73,9 +74,7 @@ class StreamRelief:
     ) -> None:
         def cost_s(stream: RunningStream, target: Cadence) -> float:
             plan = self._plan(stream.request_id, others[target.view.worker_id])
-            if plan is None:
-                return math.inf
-            return plan.cost_s + (target.burden_s(stream) if plan.choice.method is MoveMethod.REPLAY else 0.0)
+            return plan.cost_s if plan is not None else math.inf
 
         while True:
             targets = [self._cadence(other, now_s) for other in others.values() if other.takes_requests(now_s)]
