@@ -122,13 +122,15 @@ bench-simulated: setup ## The tables of the simulator
 
 bench-live: setup ## The tables of live services with emulated engines; needs an otherwise idle machine
 	$(PY) -m demo.build_model --out $(MODEL)
+	$(LIVE) --workers 4 --rates 21 --seeds 1 2 3 --systems vllm-rr-640 ascendra vllm-work-640 paper \
+	  --out $(RESULTS)/ab-azure-conv-21rps.json
 	$(LIVE) --rates 42 --seeds 1 2 3 --systems ascendra unified ascendra-late vllm-rr-640 \
 	  ascendra-predictor-paused ascendra-no-predictor --out $(RESULTS)/live-azure-conv-42rps.json
 	$(LIVE) --rates 42 --seeds 1 --out $(RESULTS)/live-azure-conv-42rps.json
 	$(PY) -m bench.live --trace $(MOONCAKE) --arrivals trace --slo B/200 --model $(MODEL) --prefix-caching --rates 3 \
 	  --max-model-len 131072 --seconds 120 --warmup-s 40 --drain-s 30 --seeds 1 2 \
 	  --systems vllm-rr-512 vllm-sticky-512 ascendra --out $(RESULTS)/prefixes-live.json
-	$(LIVE) --rates 42 36 53 --seeds 1 2 3 --systems unified ascendra vllm-rr-640 vllm-least-640 \
+	$(LIVE) --workers 4 --rates 21 18 26.5 --seeds 1 2 --systems unified ascendra vllm-rr-640 vllm-least-640 \
 	  --out $(RESULTS)/fidelity-live.json
 	$(PY) -m bench.fidelity $(RESULTS)/fidelity-live.json --trace $(CONV) --out $(RESULTS)/fidelity.json
 	$(PY) -m bench.predictor_card --trace $(CONV) --model $(MODEL) --rates 12 30 44 56 --out $(RESULTS)/predictor-card.json

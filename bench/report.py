@@ -142,6 +142,7 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["speed_in_turn"] = optional("speed-in-turn", lambda d: in_turn_table(d["cells"]))
     sections["prefixes"] = prefixes(documents)
     sections["live_prefixes"] = optional("prefixes-live", lambda d: live_section([d]))
+    sections["live_ab"] = optional("ab-azure-conv-21rps", lambda d: live_section([d]))
     sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
