@@ -8,7 +8,7 @@ on the monotonic clock of one machine.
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,13 @@ class Lateness:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for a result file."""
-        named = {"decode_excess": self.decode_excess, "prefill_excess": self.prefill_excess, "delivery": self.delivery}
-        return {
-            name: {"quantiles_s": list(scatter.quantiles_s), "correlation": scatter.correlation}
-            for name, scatter in named.items()
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Lateness":
         """Read what `as_dict` returned. Raises KeyError, ValueError."""
-        return cls(**{
-            name: Scatter(tuple(data[name]["quantiles_s"]), data[name]["correlation"])
-            for name in ("decode_excess", "prefill_excess", "delivery")
-        })  # fmt: skip
+        kept = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{name: Scatter(tuple(one["quantiles_s"]), one["correlation"]) for name, one in kept.items()})
 
 
 def lateness(

@@ -2,12 +2,12 @@
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 
 LAST_SCORE = 3.25
 """Normal score of the outermost quantiles that are kept: one value in 1,700 lies beyond."""
@@ -72,8 +72,7 @@ class ScoreWalk:
         return self._score
 
 
-def _scores(ordered: "np.ndarray", values: Sequence[float]) -> list[float]:
+def _scores(ordered: npt.NDArray[np.float64], values: Sequence[float]) -> list[float]:
     """Return the normal score of each value among all, which are in ascending order."""
-    normal, count = NormalDist(), len(ordered)
-    listed = ordered.tolist()
-    return [normal.inv_cdf((bisect_right(listed, value) - 0.5) / count) for value in values]
+    normal = NormalDist()
+    return [normal.inv_cdf((rank - 0.5) / len(ordered)) for rank in np.searchsorted(ordered, values, "right").tolist()]

@@ -41,7 +41,8 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, announce: Announ
     tracer = make_tracer("worker", config.effective_worker_id, config.otlp_endpoint, sample_ratio=1.0)
     worker = Worker(config, engine, tracer)
     steps = StepLog(config.step_log)
-    engine.on_report(steps.note)
+    if config.step_log:
+        engine.on_report(steps.note)
     server = await start_grpc_server(
         config.listen,
         lambda server: _register(server, worker),

@@ -19,7 +19,7 @@ class StepLog:
     def note(self, report: StepReport) -> None:
         """Append the step of a report, if it has one; dropped and counted when the disk cannot follow."""
         step = report.step
-        if step is None or not self._lines.writes:
+        if step is None:
             return
         self._lines.append(
             {
