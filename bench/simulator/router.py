@@ -153,7 +153,7 @@ class PlacingRouter:
             return
         self.refused_moves += 1
         if here is not None:
-            here.moving, here.decided_s = False, now_s
+            source.keep(here, now_s)
 
     def _send(self, request: RoutedRequest, state: WorkerState, now_s: float) -> None:
         if self._card:
@@ -192,7 +192,7 @@ class PlacingRouter:
         return max(positive or rest, key=_room)[1]
 
     def _move(self, request: RoutedRequest, there: RoutedRequest, target: WorkerState) -> None:
-        request.moving = True
+        self._states[request.sim.worker].ask_back(request)
         self._transfers[request.request_id] = (there, target)
         target.expect(there)
         self._cluster.withdraw(request.sim)
@@ -270,22 +270,20 @@ class PlacingRouter:
         ledger.issue(((state.view.worker_id, state.obstacle(ledger.policy, tbt_s)) for state in self._high), now_s)
         if not ledger.free:
             return
-        backlogged = (
-            state
-            for state in self._low
-            if state.view.queue and state.work_s > state.pace.capacity_s and _may_give(state)
-        )
-        backlogs_s = {
-            state.view.worker_id: state.work_s - state.pace.capacity_s
-            for state in heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)
-        }
+        backlogged = [
+            state for state in self._low if state.view.queue and state.may_give and state.work_s > state.pace.capacity_s
+        ]
+        holders = heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)
+        if not any(state.can_give for state in holders):
+            return
+        backlogs_s = {state.view.worker_id: state.work_s - state.pace.capacity_s for state in holders}
         orders: dict[str, list[QueuedRequest]] = {}
         while backlogs_s and (granted := ledger.grant(backlogs_s, 0.1, now_s)):
             for ticket in granted:
                 holder = self._by_id[ticket.holder]
                 if ticket.holder not in orders:
                     orders[ticket.holder] = self._ordered(holder, now_s)
-                open_ = [one for one in orders[ticket.holder] if one.started or _may_leave(one)]
+                open_ = [one for one in orders[ticket.holder] if _is_here(one)]
                 chosen = choose_for_ticket(open_, holder.pace.budget_tokens, self._by_id[ticket.issuer].view)
                 if chosen is None:
                     ledger.release(ticket.ticket_id)
@@ -314,15 +312,9 @@ def _room(entry: tuple[float, WorkerState]) -> float:
     return entry[0]
 
 
-def _may_leave(request: QueuedRequest) -> bool:
-    return isinstance(request, RoutedRequest) and not (
-        request.started or request.moving or request.submitted_s == math.inf
-    )
-
-
-def _may_give(state: WorkerState) -> bool:
-    """Whether an LP has a request that a ticket could take."""
-    return any(_may_leave(request) and not (request.ticketed or request.urgent) for request in state.view.queue)
+def _is_here(request: QueuedRequest) -> bool:
+    """Whether a request counts where a ticket looks for one: those on their way, here or away, do not."""
+    return request.started or (isinstance(request, RoutedRequest) and request.may_leave)
 
 
 def _staying_s(state: WorkerState) -> float:

@@ -46,6 +46,11 @@ class RoutedRequest(QueuedRequest):
         self.sim.relegated = self.relegated
         cluster.send(self.sim, index)
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether its worker can still give it back, and was not asked to."""
+        return not (self.started or self.moving or self.submitted_s == math.inf)
+
     def elsewhere(self, *, urgent: bool = False, ticketed: bool = False) -> "RoutedRequest":
         """Return it as it will be on the worker that it moves to."""
         return replace(self, urgent=urgent, ticketed=ticketed, submitted_s=math.inf, moving=False, counted=False)
@@ -55,6 +60,7 @@ class WorkerState:
     """What the router knows of one worker; predictions are kept until something changes."""
 
     __slots__ = (
+        "_before_last",
         "_began_s",
         "_busy",
         "_coming",
@@ -84,6 +90,7 @@ class WorkerState:
         self._work_s: float | None = None
         self._obstacle: str | None = None
         self._obstacle_tbt_s = 0.0
+        self._before_last: int | None = None
 
     @property
     def pace(self) -> PrefillPace:
@@ -136,6 +143,42 @@ class WorkerState:
             self._obstacle, self._obstacle_tbt_s = ticket_room(self.view, self.pace, policy, tbt_s), tbt_s
         return self._obstacle
 
+    @property
+    def may_give(self) -> bool:
+        """Whether it has a request that a ticket may take."""
+        return self._tokens_before_last >= 0
+
+    @property
+    def can_give(self) -> bool:
+        """Whether it may have one, besides, that its next step will not reach: in some order of its queue."""
+        return self._tokens_before_last >= self.pace.budget_tokens
+
+    @property
+    def _tokens_before_last(self) -> int:
+        """Prefill tokens before the one that a ticket may take, if the smallest of those comes last; -1: none may."""
+        if self._before_last is None:
+            tokens, smallest = 0, -1
+            for request in self.view.queue:
+                leaves = isinstance(request, RoutedRequest) and request.may_leave
+                if not (leaves or request.started):
+                    continue
+                own = request.remaining_tokens
+                tokens += own
+                if leaves and not (request.ticketed or request.urgent) and (smallest < 0 or own < smallest):
+                    smallest = own
+            self._before_last = tokens - smallest if smallest >= 0 else -1
+        return self._before_last
+
+    def ask_back(self, request: RoutedRequest) -> None:
+        """Note that it was asked to give a request back."""
+        request.moving = True
+        self._before_last = None
+
+    def keep(self, request: RoutedRequest, now_s: float) -> None:
+        """Note that it could not: the request had started."""
+        request.moving, request.decided_s = False, now_s
+        self._before_last = None
+
     def add(self, request: QueuedRequest) -> None:
         """Count a request that is about to be sent there."""
         assert isinstance(request, RoutedRequest)
@@ -144,6 +187,7 @@ class WorkerState:
         self._sent[request.request_id] = request
         self.view.queue.append(request)
         self._obstacle = None
+        self._before_last = None
         if self._work_s is not None and not request.relegated:
             self._work_s += self.pace.remaining_work_s(request)
 
@@ -208,3 +252,4 @@ class WorkerState:
         self.view.queue = [*self._sent.values(), *self._others, *self._coming.values()]
         self._work_s = None
         self._obstacle = None
+        self._before_last = None

@@ -3,14 +3,15 @@
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from services.policy.prefill import instance_pace, newcomer_work_s, step_in_progress
 from services.policy.state import InstanceView, QueuedRequest, Role, Slo
 from services.policy.token_budget import BudgetPolicy
 
-COMPARED = 16
+COMPARED = 8
 """Most instances that one decision looks at, so that its cost does not grow with the cluster."""
 
 
@@ -161,16 +162,24 @@ def _compared(
     """
     if len(views) <= policy.compared or policy.name in (round_robin.__name__, least_requests.__name__):
         return views
-    able = [view for view in views if not _closed(view, policy, arrivals, fresh)]
-    if len(able) <= policy.compared:
-        return able or views
-    drawn = state.rng.sample(able, policy.compared)
+    able = (view for view in _in_random_order(views, state.rng) if not _closed(view, policy, arrivals, fresh))
+    drawn = list(islice(able, policy.compared))
     owner = state.owners.get(affinity_key) if affinity_key else None
-    holder = max(able, key=lambda view: view.cached_tokens(request)) if request.prefix else None
-    names = {view.worker_id for view in drawn}
-    return drawn + [
-        view for view in able if (view is holder or view.worker_id == owner) and view.worker_id not in names
-    ]
+    if owner or request.prefix:
+        rest = list(able)
+        holder = max(drawn + rest, key=lambda view: view.cached_tokens(request), default=None)
+        drawn += [view for view in rest if view is holder or view.worker_id == owner]
+    return drawn or views
+
+
+def _in_random_order(views: Sequence[InstanceView], rng: random.Random) -> Iterator[InstanceView]:
+    """Shuffle no more of them than are asked for."""
+    left = list(views)
+    while left:
+        place = int(rng.random() * len(left))
+        yield left[place]
+        left[place] = left[-1]
+        left.pop()
 
 
 _RESERVED = "HP keeps its room for offloads"
