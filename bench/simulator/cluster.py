@@ -104,6 +104,8 @@ class Cluster:
         finally:
             if collecting:
                 gc.enable()
+        for instance in self.instances:
+            instance.engine.part_streams()
         self.preemptions = sum(request.preemptions for request in self._requests)
         return [self._record(request) for request in self._requests]
 

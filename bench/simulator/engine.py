@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from bench.simulator.prefix_cache import BlockCache, Key
 from bench.simulator.request import SimRequest
+from bench.simulator.streams import Streams
 
 LOOK_UP_S = 0.5
 """Age at which what was found in the prefix cache for a waiting request is looked up again."""
@@ -43,7 +44,7 @@ class Step:
     """What one engine step computes."""
 
     requests: list[SimRequest] = field(default_factory=list)
-    """In the engine's order."""
+    """In the engine's order, behind the streams, each of which gets its next token."""
     tokens: list[int] = field(default_factory=list)
     """Of each of them."""
     prefill_tokens: int = 0
@@ -67,6 +68,7 @@ class Engine:
         "free_blocks",
         "max_num_seqs",
         "running",
+        "streams",
         "total_blocks",
         "waiting",
         "waiting_tokens",
@@ -86,9 +88,17 @@ class Engine:
         self.waiting: deque[SimRequest] = deque()
         self.waiting_tokens = 0
         """Prefill tokens of the waiting requests."""
+        self.streams = Streams(config.block_tokens, config.max_model_len)
+        """The first of the running requests; no step leaves one out. Empty where one might."""
         self.running: list[SimRequest] = []
+        """The others."""
         self.ends_s: list[float] = []
         """When each step ended, by its number."""
+
+    @property
+    def residents(self) -> int:
+        """How many requests run."""
+        return len(self.streams) + len(self.running)
 
     @property
     def kv_used_tokens(self) -> int:
@@ -128,7 +138,8 @@ class Engine:
     def schedule(self, token_budget: int) -> Step:
         """Choose the next step's tokens and take the blocks for them."""
         step = Step()
-        budget = self._schedule_running(step, min(token_budget, self.config.max_num_batched_tokens))
+        budget = self._schedule_streams(step, min(token_budget, self.config.max_num_batched_tokens))
+        budget = self._schedule_running(step, budget)
         if not step.preempted:
             self._admit(step, budget)
         return step
@@ -138,10 +149,11 @@ class Engine:
 
         Returns the requests that generated their last token, and those that completed a prefill.
         """
-        finished = []
-        prefilled = []
         number = len(self.ends_s)
         self.ends_s.append(now_s)
+        finished = self.streams.advance(number, now_s)
+        prefilled = []
+        gone = set()
         of_each = step.tokens
         for place, request in enumerate(step.requests):
             tokens = of_each[place]
@@ -155,14 +167,39 @@ class Engine:
                 request.last_step = number
                 request.last_token_s = now_s
                 request.total_tokens = computed + 1
+                gone.add(id(request))
                 if request.generated_tokens >= request.output_tokens or computed + 1 >= self._max_model_len:
                     finished.append(request)
-        if finished:
-            gone = set(map(id, finished))
+                else:
+                    self.streams.join(request)
+        if gone:
             self.running = [request for request in self.running if id(request) not in gone]
-            for request in finished:
-                self._release(request)
+        for request in finished:
+            self._name_streamed(request)
+            self._release(request)
         return finished, prefilled
+
+    def part_streams(self) -> None:
+        """Put the streams back among the running requests, as they stand now."""
+        if self.streams:
+            streams = self.streams.leave(len(self.ends_s) - 1, self.ends_s[-1])
+            for request in streams:
+                self._name_streamed(request)
+            self.running = streams + self.running
+
+    def _schedule_streams(self, step: Step, budget: int) -> int:
+        """Give every stream its next token, unless one might have to wait or to go; returns the budget left."""
+        streams = self.streams
+        number = len(self.ends_s)
+        most_blocks = streams.filling(number) + budget // self._block_tokens + len(self.running)
+        if len(streams) > budget or most_blocks > self.free_blocks:
+            self.part_streams()
+            return budget
+        for request in streams.fill(number):
+            self._take(request, 1)
+        step.decodes = len(streams)
+        step.decode_context_tokens = streams.context_tokens
+        return budget - len(streams)
 
     def _schedule_running(self, step: Step, budget: int) -> int:
         index = 0
@@ -245,9 +282,9 @@ class Engine:
         block_tokens = self._block_tokens
         waiting = self.waiting
         running = self.running
-        while budget > 0 and waiting and len(running) < self.max_num_seqs:
+        while budget > 0 and waiting and self.residents < self.max_num_seqs:
             request = waiting[0]
-            watermark = self._watermark_blocks if running else 0
+            watermark = self._watermark_blocks if self.residents else 0
             whole = min(request.total_tokens, self._max_model_len)
             found: list[int] = []
             needed = -(-whole // block_tokens) + watermark
@@ -317,6 +354,11 @@ class Engine:
         for place in range(request.named_blocks, full):
             cache.name(request.blocks[place], self._key(request, place))
         request.named_blocks = max(full, request.named_blocks)
+
+    def _name_streamed(self, request: SimRequest) -> None:
+        """Do so for a stream at its end: until then only it could find them."""
+        if self._cache is not None:
+            self._name_full(self._cache, request, request.computed_tokens)
 
     def _key(self, request: SimRequest, place: int) -> Key:
         if place < len(request.prefix_hashes) and (place + 1) * self._block_tokens <= request.input_tokens:

@@ -78,6 +78,7 @@ class Resident:
     """The running requests between two steps."""
 
     decodes: list[SimRequest] = field(default_factory=list)
+    """Those that are no streams: no step gives them their next token for now."""
     partial: list[SimRequest] = field(default_factory=list)
     """Begun and not complete prefills."""
     load: DecodeLoad = field(default_factory=DecodeLoad)
@@ -149,7 +150,7 @@ class Instance:
     def start_step(self, now_s: float) -> float | None:
         """Schedule a step; returns when it will be over, or None when there is nothing to do."""
         engine = self.engine
-        if not engine.running and not engine.waiting:
+        if not engine.residents and not engine.waiting:
             return None
         self.relegated = []
         if self._sees_prefixes:
@@ -183,7 +184,7 @@ class Instance:
         self.steps += 1
         self.busy_s += self._step_s
         self._turns.earn(self._step_s)
-        if self._fit is not None and step.requests:
+        if self._fit is not None and (step.decodes or step.prefill_tokens):
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
         if self._delivery is not None and self._delays is not None:
@@ -198,10 +199,10 @@ class Instance:
             finished=finished,
             decodes=resident.load.decodes,
             decode_context_tokens=resident.load.context_tokens,
-            min_tbt_s=resident.tightest_s if resident.decodes else 0.0,
+            min_tbt_s=resident.tightest_s if resident.load.decodes else 0.0,
             kv_used_tokens=engine.kv_used_tokens,
             step_s=self._step_s,
-            busy=bool(engine.running or engine.waiting),
+            busy=bool(engine.residents or engine.waiting),
             queued_tokens=engine.waiting_tokens + sum([request.remaining_tokens for request in resident.partial]),
             model=self.model,
             delivery_s=self._budget.delivery_s if self._budget is not None else 0.0,
@@ -209,11 +210,16 @@ class Instance:
 
     def _survey(self, now_s: float) -> Resident:
         """Look through the running requests at a step end; the next step starts then."""
+        streams = self.engine.streams
         decodes: list[SimRequest] = []
         partial: list[SimRequest] = []
-        context = 0
+        context = streams.context_tokens
         bound_s = tightest_s = math.inf
         least_s = least_gap_s(self.model)
+        for tbt_s in streams.objectives:
+            if tbt_s > least_s:
+                tightest_s = min(tightest_s, tbt_s)
+                bound_s = min(bound_s, _slack_s(now_s, tbt_s, now_s))
         for request in self.engine.running:
             computed = request.computed_tokens
             if computed < request.input_tokens or computed != request.total_tokens - 1:
@@ -222,17 +228,11 @@ class Instance:
             decodes.append(request)
             context += computed + 1
             tbt_s = request.slo.tbt_s
-            if tbt_s <= least_s:
-                continue
-            if tbt_s < tightest_s:
-                tightest_s = tbt_s
-            slack_s = request.last_token_s + tbt_s - now_s
-            # A gap that is lost already asks for its plain objective, as in policy.step_bound_s.
-            if slack_s <= 0:
-                slack_s = tbt_s
-            if slack_s < bound_s:
-                bound_s = slack_s
-        return Resident(decodes, partial, DecodeLoad(len(decodes), context), tightest_s, bound_s)
+            if tbt_s > least_s:
+                tightest_s = min(tightest_s, tbt_s)
+                bound_s = min(bound_s, _slack_s(request.last_token_s, tbt_s, now_s))
+        load = DecodeLoad(len(streams) + len(decodes), context)
+        return Resident(decodes, partial, load, tightest_s, bound_s)
 
     def _plan(self, now_s: float, policy: BudgetPolicy) -> int:
         """Order the requests and return the token budget of the next step, as the in-engine scheduler does."""
@@ -242,7 +242,7 @@ class Instance:
         ordered = self._arrange(now_s, resident, policy)
         engine, config = self.engine, self._config
         may_pause = self._pause_allowed and not may_evict(
-            engine.free_blocks, len(engine.running), config.max_num_batched_tokens, config.block_tokens
+            engine.free_blocks, engine.residents, config.max_num_batched_tokens, config.block_tokens
         )
         pausing = may_pause and self._order is not None and self._order.pause_started
         served = ordered if pausing or not resident.partial else resident_first(ordered, resident.partial)
@@ -319,3 +319,10 @@ class Instance:
         count = resident.load.decodes + len(resident.partial)
         tokens = resident.load.context_tokens + sum(request.prompt_tokens for request in resident.partial)
         return max(decode_cap(self.model, tbt_s, tokens / count if count else 0.0, most), count)
+
+
+def _slack_s(last_token_s: float, tbt_s: float, now_s: float) -> float:
+    """Return how long the next step may take for a decode's gap to hold, as in policy.step_bound_s."""
+    slack_s = last_token_s + tbt_s - now_s
+    # A gap that is lost already asks for its plain objective.
+    return slack_s if slack_s > 0 else tbt_s

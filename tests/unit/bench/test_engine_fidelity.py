@@ -180,9 +180,11 @@ class Simulated:
 
     def step(self, budget: int) -> StepLog:
         step = self.engine.schedule(budget)
+        scheduled = {request.request_id: 1 for request in self.engine.streams}
+        scheduled |= {request.request_id: tokens for request, tokens in zip(step.requests, step.tokens, strict=True)}
         finished, _ = self.engine.complete(step, 0.0)
         return StepLog(
-            {request.request_id: tokens for request, tokens in zip(step.requests, step.tokens, strict=True)},
+            scheduled,
             sorted(request.request_id for request in step.preempted),
             sorted(request.request_id for request in finished),
         )
