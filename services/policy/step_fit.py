@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -97,6 +96,42 @@ class BinFit:
         return solution, ""
 
 
+class LastValues:
+    """The last values of a series, side by side in memory: with many engines they are out of the processor's cache."""
+
+    def __init__(self, most: int) -> None:
+        """Start empty.
+
+        Args:
+            most: values to keep.
+        """
+        self._most = most
+        self._values: _Vector = np.empty(2 * most)
+        self._end = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
+
+    def append(self, value: float, most: int) -> None:
+        """Add a value and forget all but the last `most` of those since `clear`."""
+        if self._end == len(self._values):
+            self._end = self._most
+            self._values[: self._most] = self._values[self._most :]
+        self._values[self._end] = value
+        self._end += 1
+        self._count = min(self._count + 1, most, self._most)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._count = 0
+
+    def values(self) -> _Vector:
+        """Return them, oldest first; valid until the next one."""
+        return self._values[self._end - self._count : self._end]
+
+
 class OnlineStepTimeFit:
     """Online fit of the step-time model of one engine.
 
@@ -129,7 +164,7 @@ class OnlineStepTimeFit:
         self._correction = 0.0
         """Log ratio of recently measured over the fit's step times."""
         self._spread = self._prior.log_sigma
-        self._ratios: deque[float] = deque(maxlen=_RATIO_WINDOW)
+        self._ratios = LastValues(_RATIO_WINDOW)
         self._recent: deque[tuple[StepShape, float]] = deque(maxlen=_RECENT)
         self.samples = self._prior.samples
         """Steps learned from, those behind the warm start included."""
@@ -147,9 +182,7 @@ class OnlineStepTimeFit:
         predicted_s = max(self._fitted.step_s(shape), 1e-6) * math.exp(self._correction)
         ratio = step_s / predicted_s
         residual = math.log(ratio)
-        self._ratios.append(ratio)
-        if len(self._ratios) > max(_RECENT, (self.samples - self._prior.samples) // 2):
-            self._ratios.popleft()
+        self._ratios.append(ratio, max(_RECENT, (self.samples - self._prior.samples) // 2))
         self._recent.append((shape, step_s))
         self._correction += 0.01 * min(max(residual, -_CLIP), _CLIP)
         self.samples += 1
@@ -176,8 +209,8 @@ class OnlineStepTimeFit:
 
     def _recent_bias(self, model: StepTimeModel) -> float:
         """Return the median of log(measured / predicted) over recent steps."""
-        logs = sorted(math.log(step_s / max(model.step_s(shape), 1e-6)) for shape, step_s in self._recent)
-        return logs[len(logs) // 2]
+        ratios = sorted([step_s / max(model.step_s(shape), 1e-6) for shape, step_s in self._recent])
+        return math.log(ratios[len(ratios) // 2])
 
     def _refit(self) -> None:
         """Fit every bin anew, refuse what cannot be, and publish the model."""
@@ -214,7 +247,7 @@ class OnlineStepTimeFit:
         safety = self._prior.safety_factor
         count = len(self._ratios)
         if count:
-            spread, measured = spread_and_safety(self._ratios, self._quantile)
+            spread, measured = spread_and_safety(self._ratios.values(), self._quantile)
             weight = min(count / 256, 1.0)
             self._spread += weight * (spread - self._spread)
             safety += weight * (measured - safety)
@@ -234,16 +267,17 @@ def scaled_features(shape: StepShape) -> tuple[float, ...]:
     )
 
 
-def spread_and_safety(ratios: Collection[float], quantile: float) -> tuple[float, float]:
+def spread_and_safety(ratios: npt.ArrayLike, quantile: float) -> tuple[float, float]:
     """Return the standard deviation of log(measured / predicted) and the safety factor that these ratios ask for.
 
     Args:
-        ratios: measured over predicted step times, at least one.
+        ratios: measured over predicted step times, shape (n,), at least one.
         quantile: of the ratios that the factor covers at least.
     """
-    ordered, count = sorted(ratios), len(ratios)
+    ordered = np.sort(ratios)
+    count = len(ordered)
     low, middle, high, upper, tail = (
-        ordered[min(int(level * count), count - 1)] for level in (0.16, 0.5, 0.84, 0.9, quantile)
+        float(ordered[min(int(level * count), count - 1)]) for level in (0.16, 0.5, 0.84, 0.9, quantile)
     )
     # The window is too short to show the tail that matters: it is drawn out from the spread above the median.
     measured = max(tail, (upper / middle) ** (_SAFETY_SIGMAS / 1.2816))
