@@ -3,6 +3,7 @@
 python -m bench.speed --trace conv.csv.gz --out bench/results/speed.json
 python -m bench.speed --trace conv.csv.gz --in-turn 8 --sizes 8 --out bench/results/speed-in-turn.json
 
+A repeat serves as many requests with every size, one right after the other: the ratio of their costs is of one time.
 With --in-turn, several clusters of each size, which know nothing of each other, are simulated in turn, event by event:
 the work is that of the small cluster, what it touches is as much as that of a large one.
 """
@@ -30,17 +31,19 @@ def table(cells: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
         "system",
         *(f"{size} instances" for size in sizes),
         "cost a request, last / first",
+        "min-max",
         "events",
         "cost an event",
     ]
     rows = []
     for name in dict.fromkeys(cell["system"] for cell in cells):
         own = {cell["instances"]: cell for cell in cells if cell["system"] == name}
-        costs = {size: own[size]["cpu_s_per_request"] for size in sizes}
-        events = {size: own[size]["events_per_request"] for size in sizes}
-        cost, more = costs[sizes[-1]] / costs[sizes[0]], events[sizes[-1]] / events[sizes[0]]
-        rates = (f"{60 / costs[size]:,.0f}" for size in sizes)
-        rows.append([name, *rates, f"{cost:.2f}", f"{more:.2f}", f"{cost / more:.2f}"])
+        rates = (f"{60 / statistics.median(own[size]['cpu_s_per_request']):,.0f}" for size in sizes)
+        first, last = own[sizes[0]], own[sizes[-1]]
+        costs = [b / a for a, b in zip(first["cpu_s_per_request"], last["cpu_s_per_request"], strict=True)]
+        cost, more = statistics.median(costs), last["events_per_request"] / first["events_per_request"]
+        spread = f"{min(costs):.2f}-{max(costs):.2f}"
+        rows.append([name, *rates, f"{cost:.2f}", spread, f"{more:.2f}", f"{cost / more:.2f}"])
     return markdown_table(heads, rows)
 
 
@@ -94,6 +97,28 @@ def _advance_s(setting: Setting, name: str, size: int, args: argparse.Namespace,
     return total_s
 
 
+def measure(setting: Setting, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what a request costs on clusters of each size, and its events."""
+    cells = [
+        {"system": name, "instances": size, "cpu_s_per_request": [], "events_per_request": 0.0} for size in args.sizes
+    ]
+    for repeat in range(args.repeats):
+        for cell in cells:
+            size = cell["instances"]
+            seconds, events, requests = 0.0, 0, 0
+            for number in range(max(args.sizes) // size):
+                workload = replace(setting, requests=size * args.per_instance).workload(args.rate * size, number)
+                config = replace(setting.cluster, instances=size, seed=repeat)
+                gc.collect()
+                started_s = time.process_time()
+                events += simulate(system_named(name), workload, config).events
+                seconds += time.process_time() - started_s
+                requests += len(workload)
+            cell["cpu_s_per_request"].append(seconds / requests)
+            cell["events_per_request"] += events / requests / args.repeats
+    return cells
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
@@ -102,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", default=SYSTEMS, help="comma-separated names (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=5.5, help="requests/s of an instance (default: %(default)s)")
     parser.add_argument("--per-instance", type=int, default=200, help="requests an instance (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="the median counts (default: %(default)s)")
     parser.add_argument("--in-turn", type=int, default=0, help="clusters that take turns (default: one after another)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
@@ -112,18 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     cells = []
     for name in systems_from(args.policies):
-        for size in args.sizes:
-            config = replace(setting.cluster, instances=size)
-            workload = replace(setting, requests=size * args.per_instance).workload(args.rate * size, 1)
-            seconds = []
-            for _ in range(args.repeats):
-                started_s = time.process_time()
-                run = simulate(system_named(name), workload, config)
-                seconds.append(time.process_time() - started_s)
-            cost_s = statistics.median(seconds) / len(workload)
-            cell = {"system": name, "instances": size, "requests": len(workload), "cpu_s_per_request": cost_s}
-            cells.append({**cell, "events_per_request": run.events / len(workload)})
-    print(table(cells, args.sizes))
+        cells += measure(setting, name, args)
+        print(table(cells, args.sizes), flush=True)
     write_result(args.out, {**provenance(args), "cells": cells})
 
 

@@ -242,10 +242,9 @@ class Cluster:
             outcome = Outcome.FINISHED if done else Outcome.UNFINISHED
         instance = self.instances[request.worker]
         if self.config.delivery is None:
-            hop_s = self.config.hop_s
-            times_s = [time_s + hop_s for time_s in request.token_times_s(instance.engine.ends_s)]
+            times_s = request.token_times_s(instance.engine.ends_s, self.config.hop_s)
         else:
-            times_s = request.token_times_s(instance.delivered_s)
+            times_s = request.token_times_s(instance.delivered_s, 0.0)
         return RequestRecord(
             request_id=request.request_id,
             arrival_s=request.arrival_s,

@@ -61,11 +61,9 @@ class SimRequest(QueuedRequest):
             self.runs.append((self.run_began, self.last_step))
         self.run_began = step
 
-    def token_times_s(self, of_steps_s: list[float]) -> list[float]:
-        """Return the time of each of its tokens, given one for each step of its engine."""
-        times_s: list[float] = []
-        for first, last in self.runs:
-            times_s += of_steps_s[first : last + 1]
-        if self.last_step >= 0:
-            times_s += of_steps_s[self.run_began : self.last_step + 1]
-        return times_s
+    def token_times_s(self, of_steps_s: list[float], hop_s: float) -> list[float]:
+        """Return the time of each of its tokens, so long after the step of its engine whose time is given."""
+        if self.last_step < 0:
+            return []
+        runs = [*self.runs, (self.run_began, self.last_step)]
+        return [of_steps_s[step] + hop_s for first, last in runs for step in range(first, last + 1)]

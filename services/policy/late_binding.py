@@ -194,10 +194,13 @@ class WaitingSet:
         if not pool or not (self._ranked or self._new):
             return []
         pace = min(pool, key=_work).pace
-        views = [one.view for one in pool]
-        for request in (*(request for _, request in self._ranked), *self._new):
-            # Wherever it finds most of its prompt, there it goes, unless it is sooner done elsewhere.
-            request.computed_tokens = self._finds.most_tokens(request, views, now_s)
+        known = [request for _, request in self._ranked if request.prefix]
+        known += [request for request in self._new if request.prefix]
+        if known:
+            views = [one.view for one in pool]
+            for request in known:
+                # Wherever it finds most of its prompt, there it goes, unless it is sooner done elsewhere.
+                request.computed_tokens = self._finds.most_tokens(request, views, now_s)
         if now_s - self._ranked_s < self.policy.refresh_s:
             for request in self._new:
                 insort(self._ranked, self._entry(request, pace, now_s), key=_key)
@@ -220,15 +223,17 @@ class WaitingSet:
         """
         bindings: list[Binding] = []
         instances = pool if among is None else among
-        for instance in instances:
-            if instance.view.role is Role.HIGH:
-                bindings += self._draw_urgent(instance, now_s)
+        if self._urgent:
+            for instance in instances:
+                if instance.view.role is Role.HIGH:
+                    bindings += self._draw_urgent(instance, now_s)
         round_ = _Round(pool, now_s)
         takes = self._takers(round_.split)
-        if len(instances) > COMPARED:
-            instances = heapq.nsmallest(COMPARED, filter(takes, instances), key=_work)
+        takers = [one for one in instances if takes(one)]
+        if len(takers) > COMPARED:
+            takers = heapq.nsmallest(COMPARED, takers, key=_work)
         for request, rule in self._in_turn(now_s):
-            fits = [(self._fit(request, one, now_s), one) for one in instances if takes(one)]
+            fits = [(self._fit(request, one, now_s), one) for one in takers if takes(one)]
             if rule != _OVERDUE:
                 fits = [(fit, one) for fit, one in fits if fit.ahead_s < self._room_s(one)]
             if not fits:
