@@ -240,11 +240,6 @@ class Cluster:
         if outcome is not Outcome.REFUSED:
             done = request.generated_tokens >= request.output_tokens
             outcome = Outcome.FINISHED if done else Outcome.UNFINISHED
-        instance = self.instances[request.worker]
-        if self.config.delivery is None:
-            times_s = request.token_times_s(instance.engine.ends_s, self.config.hop_s)
-        else:
-            times_s = request.token_times_s(instance.delivered_s, 0.0)
         return RequestRecord(
             request_id=request.request_id,
             arrival_s=request.arrival_s,
@@ -252,7 +247,7 @@ class Cluster:
             ttft_slo_s=request.slo.ttft_s,
             tbt_slo_s=request.slo.tbt_s,
             outcome=outcome,
-            token_times_s=times_s,
+            token_times_s=request.token_times_s(self.instances[request.worker].delivered_s),
             slo_class=request.slo_class,
             relegated=request.was_relegated,
         )

@@ -61,13 +61,14 @@ class Engine:
     __slots__ = (
         "_block_tokens",
         "_cache",
+        "_ended_s",
         "_max_model_len",
         "_watermark_blocks",
         "config",
-        "ends_s",
         "free_blocks",
         "max_num_seqs",
         "running",
+        "steps",
         "streams",
         "total_blocks",
         "waiting",
@@ -92,8 +93,10 @@ class Engine:
         """The first of the running requests; no step leaves one out. Empty where one might."""
         self.running: list[SimRequest] = []
         """The others."""
-        self.ends_s: list[float] = []
-        """When each step ended, by its number."""
+        self.steps = 0
+        """Steps that ended; the number of the one that runs."""
+        self._ended_s = 0.0
+        """When the last of them did."""
 
     @property
     def residents(self) -> int:
@@ -149,8 +152,8 @@ class Engine:
 
         Returns the requests that generated their last token, and those that completed a prefill.
         """
-        number = len(self.ends_s)
-        self.ends_s.append(now_s)
+        number = self.steps
+        self.steps, self._ended_s = number + 1, now_s
         finished = self.streams.advance(number, now_s)
         prefilled = []
         gone = set()
@@ -182,7 +185,7 @@ class Engine:
     def part_streams(self) -> None:
         """Put the streams back among the running requests, as they stand now."""
         if self.streams:
-            streams = self.streams.leave(len(self.ends_s) - 1, self.ends_s[-1])
+            streams = self.streams.leave(self.steps - 1, self._ended_s)
             for request in streams:
                 self._name_streamed(request)
             self.running = streams + self.running
@@ -190,7 +193,7 @@ class Engine:
     def _schedule_streams(self, step: Step, budget: int) -> int:
         """Give every stream its next token, unless one might have to wait or to go; returns the budget left."""
         streams = self.streams
-        number = len(self.ends_s)
+        number = self.steps
         most_blocks = streams.filling(number) + budget // self._block_tokens + len(self.running)
         if len(streams) > budget or most_blocks > self.free_blocks:
             self.part_streams()

@@ -7,7 +7,7 @@ from typing import cast
 
 from bench.simulator.engine import Engine, EngineConfig, Step
 from bench.simulator.request import SimRequest
-from bench.simulator.scatter import Scatter, ScoreWalk
+from bench.simulator.scatter import Scatter, ScatterWalk
 from services.policy.calm import calm_bound_s
 from services.policy.elastic_batch import decode_cap
 from services.policy.order import OrderPolicy, may_evict, order_waiting, resident_first
@@ -103,6 +103,7 @@ class Instance:
         seed: int,
         learn: bool = True,
         sees_prefixes: bool = False,
+        hop_s: float = 0.0,
         delivery: Scatter | None = None,
     ) -> None:
         """Start empty.
@@ -112,7 +113,8 @@ class Instance:
             budget: how the token budget is chosen; None leaves vLLM's `max_num_batched_tokens`.
             learn: fit the step-time model to the steps that it takes, from `believed` on.
             sees_prefixes: know what the prefix cache saves the waiting requests.
-            delivery: from a step's end to its tokens' arrival at their callers; None: they are told the end.
+            hop_s: from a step's end to its tokens' arrival at their callers.
+            delivery: the same as measured; replaces `hop_s`.
         """
         self.index = index
         self.worker_id = f"w{index:03d}"
@@ -120,7 +122,6 @@ class Instance:
         self.engine = Engine(config)
         self.model = believed
         self.step: Step | None = None
-        self.steps = 0
         self.busy_s = 0.0
         self.inbox: list[SimRequest] = []
         """Came while a step runs; the engine, and the report of the step's end, know of them only then."""
@@ -143,9 +144,9 @@ class Instance:
         self._shape = StepShape()
         self._fit = OnlineStepTimeFit(believed) if learn else None
         self.delivered_s: list[float] = []
-        """When the tokens of each step reached their callers; empty without `delivery`."""
-        self._delivery = delivery
-        self._delays = ScoreWalk(delivery.correlation, random.Random(f"{seed}:{index}:delivery")) if delivery else None
+        """When the tokens of each step reached their callers, by its number."""
+        self._hop_s = hop_s
+        self._delays = ScatterWalk(delivery, random.Random(f"{seed}:{index}:delivery")) if delivery else None
 
     def start_step(self, now_s: float) -> float | None:
         """Schedule a step; returns when it will be over, or None when there is nothing to do."""
@@ -181,16 +182,14 @@ class Instance:
         step = self.step
         assert step is not None
         self.step = None
-        self.steps += 1
         self.busy_s += self._step_s
         self._turns.earn(self._step_s)
         if self._fit is not None and (step.decodes or step.prefill_tokens):
             self._fit.observe(self._shape, self._step_s)
             self.model = self._fit.model()
-        if self._delivery is not None and self._delays is not None:
-            # Messages of a worker do not overtake each other.
-            before_s = self.delivered_s[-1] if self.delivered_s else 0.0
-            self.delivered_s.append(max(before_s, now_s + self._delivery.at(self._delays.next())))
+        delivered_s = now_s + (self._delays.next() if self._delays else self._hop_s)
+        # Messages of a worker do not overtake each other.
+        self.delivered_s.append(max(self.delivered_s[-1], delivered_s) if self.delivered_s else delivered_s)
         engine = self.engine
         finished, first_tokens = engine.complete(step, now_s)
         resident = self._resident = self._survey(now_s)

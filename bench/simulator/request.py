@@ -61,9 +61,12 @@ class SimRequest(QueuedRequest):
             self.runs.append((self.run_began, self.last_step))
         self.run_began = step
 
-    def token_times_s(self, of_steps_s: list[float], hop_s: float) -> list[float]:
-        """Return the time of each of its tokens, so long after the step of its engine whose time is given."""
+    def token_times_s(self, of_steps_s: list[float]) -> list[float]:
+        """Return the time of each of its tokens, given one for each step of its engine."""
         if self.last_step < 0:
             return []
-        runs = [*self.runs, (self.run_began, self.last_step)]
-        return [of_steps_s[step] + hop_s for first, last in runs for step in range(first, last + 1)]
+        times_s = of_steps_s[self.run_began : self.last_step + 1]
+        if self.runs:
+            before = [time_s for first, last in self.runs for time_s in of_steps_s[first : last + 1]]
+            return before + times_s
+        return times_s

@@ -57,19 +57,19 @@ class Scatter:
         return low + (place - below) * (high - low)
 
 
-class ScoreWalk:
-    """Normal scores of which neighbours are correlated: an autoregressive walk with unit variance."""
+class ScatterWalk:
+    """Draws of a scatter, one after the other: their normal scores are an autoregressive walk with unit variance."""
 
-    def __init__(self, correlation: float, rng: random.Random) -> None:
-        self._correlation = correlation
-        self._fresh = math.sqrt(1 - correlation**2)
+    def __init__(self, scatter: Scatter, rng: random.Random) -> None:
+        self._scatter = scatter
+        self._fresh = math.sqrt(1 - scatter.correlation**2)
         self._rng = rng
         self._score = rng.gauss(0, 1)
 
     def next(self) -> float:
-        """Return the next score."""
-        self._score = self._correlation * self._score + self._fresh * self._rng.gauss(0, 1)
-        return self._score
+        """Return the next value."""
+        self._score = self._scatter.correlation * self._score + self._fresh * self._rng.gauss(0, 1)
+        return self._scatter.at(self._score)
 
 
 def _scores(ordered: npt.NDArray[np.float64], values: Sequence[float]) -> list[float]:

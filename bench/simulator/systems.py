@@ -237,6 +237,7 @@ def assemble(
             config.seed,
             config.learn and system.order is not None,
             sees_prefixes,
+            config.hop_s,
             config.delivery,
         )
         instances.append(instance)
@@ -294,7 +295,7 @@ def simulate(
     run = Run(
         records=records,
         events=cluster.events,
-        steps=sum(instance.steps for instance in instances),
+        steps=sum(instance.engine.steps for instance in instances),
         preemptions=cluster.preemptions,
         busy_share=sum(instance.busy_s for instance in instances) / max(len(instances) * cluster.now_s, 1e-9),
         hp_instances=system.hp_count(config.instances) if system.hp_count else 0,

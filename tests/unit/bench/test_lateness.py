@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from bench.live.lateness import Lateness, first_step, lateness, read_steps
 from bench.metrics import Outcome, RequestRecord
-from bench.simulator.scatter import SCORES, Scatter, ScoreWalk
+from bench.simulator.scatter import SCORES, Scatter, ScatterWalk
 from services.policy.step_time import A100_LLAMA3_8B, StepShape
 
 
 def walked(correlation: float, count: int) -> list[float]:
     """Return times of 10 ms on average that scatter by 2 ms."""
-    walk = ScoreWalk(correlation, random.Random(3))
-    return [0.010 + 0.002 * walk.next() for _ in range(count)]
+    walk = ScatterWalk(Scatter(tuple(0.010 + 0.002 * score for score in SCORES), correlation), random.Random(3))
+    return [walk.next() for _ in range(count)]
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7, -0.4])
@@ -30,8 +30,8 @@ def test_a_scatter_is_that_of_the_times_it_was_made_from(correlation: float) -> 
     assert scatter.at(1.0) == pytest.approx(0.012, abs=0.0002)
     assert scatter.at(-1.1) == pytest.approx(0.0078, abs=0.0002)
     assert scatter.correlation == pytest.approx(correlation, abs=0.03)
-    walk = ScoreWalk(scatter.correlation, random.Random(4))
-    drawn = np.array([scatter.at(walk.next()) for _ in range(20_000)])
+    walk = ScatterWalk(scatter, random.Random(4))
+    drawn = np.array([walk.next() for _ in range(20_000)])
     assert drawn.mean() == pytest.approx(0.010, abs=0.0002)
     assert drawn.std() == pytest.approx(0.002, rel=0.05)
     assert np.corrcoef(drawn[1:], drawn[:-1])[0, 1] == pytest.approx(correlation, abs=0.03)

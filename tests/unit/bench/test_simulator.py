@@ -392,4 +392,4 @@ def test_a_stream_knows_its_steps(made: list[bool]) -> None:
             if request.last_step != step - 1:
                 request.begin_run(step)
             request.last_step = step
-    assert request.token_times_s(times_s, 0.0) == [time_s for time_s, has in zip(times_s, made, strict=True) if has]
+    assert request.token_times_s(times_s) == [time_s for time_s, has in zip(times_s, made, strict=True) if has]
