@@ -85,7 +85,8 @@ def simulated(
     if machine:
         late = Lateness.from_dict(result["lateness"])
         truth = replace(config.truth, measured_excess=(late.decode_excess, late.prefill_excess))
-        config = replace(config, truth=truth, delivery=late.delivery, rooms=result["rooms"])
+        rooms = [(at_s, rooms_s) for at_s, rooms_s in result["rooms"]]
+        config = replace(config, truth=truth, delivery=late.delivery, rooms=rooms)
     records = simulate(system_named(simulated_name(result["system"])), workload, config).records
     return summarize([record for record in records if record.arrival_s - records[0].arrival_s >= warmup_s])
 
