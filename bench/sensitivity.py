@@ -66,6 +66,16 @@ def _arrivals(kind: str) -> Callable[[Setting], Setting]:
     return lambda setting: replace(setting, arrivals=kind)
 
 
+def _instances(count: int) -> Callable[[Setting], Setting]:
+    """A larger cluster, and as many more requests."""
+
+    def change(setting: Setting) -> Setting:
+        requests = setting.requests * count // setting.cluster.instances
+        return replace(setting, requests=requests, cluster=replace(setting.cluster, instances=count))
+
+    return change
+
+
 def _outputs(factor: float) -> Callable[[Setting], Setting]:
     def change(setting: Setting) -> Setting:
         rows = [
@@ -100,6 +110,13 @@ CASES = (
     Case("output lengths", "as in the trace", _same),
     Case("output lengths", "a quarter", _outputs(0.25)),
     Case("output lengths", "twice", _outputs(2.0)),
+    Case("cluster size", "8 instances", _same),
+    Case(
+        "cluster size",
+        "64 instances",
+        _instances(64),
+        (*COMPARED, "ascendra-of-4", "ascendra-of-16", "ascendra-of-64"),
+    ),
     Case("prediction error", "sigma 0.1", _truth(jitter=0.1)),
     Case("prediction error", "steps 1.2 times as long as believed, not learned", _truth(bias=1.2, learn=False)),
 )

@@ -19,7 +19,7 @@ from bench.workloads import WorkloadRequest
 from services.policy.late_binding import LateBindingPolicy
 from services.policy.offload import OffloadPolicy
 from services.policy.order import OrderPolicy
-from services.policy.placement import PlacementPolicy
+from services.policy.placement import COMPARED, PlacementPolicy
 from services.policy.prefix import PrefixIndex
 from services.policy.relegation import LATE, NONE
 from services.policy.roles import RolePolicy, default_hp_count
@@ -41,6 +41,8 @@ class System:
     placement: str = "least_predicted_work"
     hp_fill: float = 1.0
     """As in PlacementPolicy; 0 under `roles`, as in the router."""
+    compared: int = COMPARED
+    """As in PlacementPolicy."""
     budget: BudgetPolicy = _DYNAMIC
     order: OrderPolicy | None = _EDF_MH
     """None: stock vLLM, in order of arrival, with the budget's `static_tokens` as `max_num_batched_tokens`."""
@@ -136,6 +138,9 @@ SYSTEMS: dict[str, System] = {
     "ascendra": _split("LP/HP, offload, tickets, dynamic budget, Moore-Hodgson, deadline order", _EDF_MH),
     "ascendra-2hp": _split("the same with two HPs", _EDF_MH, hp_count=lambda _instances: 2),
     "ascendra-4hp": _split("the same with four HPs", _EDF_MH, hp_count=lambda _instances: 4),
+    "ascendra-of-4": _split("the same, a placement predicts four instances, drawn at random", _EDF_MH, compared=4),
+    "ascendra-of-16": _split("the same, a placement predicts sixteen", _EDF_MH, compared=16),
+    "ascendra-of-64": _split("the same, a placement predicts up to 64", _EDF_MH, compared=64),
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
     "ascendra-no-relegation": _split("the same without relegation", OrderPolicy(value_function="llf", relegation=NONE)),
@@ -259,7 +264,9 @@ def assemble(
         router = PullingRouter(cluster, states, system.late_binding, order, system.tickets)
     else:
         policy = RouterPolicy(
-            placement=PlacementPolicy(name=system.placement, hp_fill=0.0 if system.roles else system.hp_fill),
+            placement=PlacementPolicy(
+                name=system.placement, hp_fill=0.0 if system.roles else system.hp_fill, compared=system.compared
+            ),
             budget=budget,
             order=order,
             headroom=system.headroom,
