@@ -55,6 +55,9 @@ class Processes:
 
         Args:
             niceness: how much they give way to the other processes of this machine, 0 to 19.
+
+        Raises:
+            ChildProcessError: it ended before it was ready; with the end of its log.
         """
         files = [self._write(config, f"worker-{index}.yaml") for index, config in enumerate(configs)]
         flags = [part for file in files for part in ("--worker", str(file))]
@@ -65,7 +68,7 @@ class Processes:
         return [addresses[str(config["worker-id"])] for config in configs], pids
 
     async def start_service(self, module: str, config: Mapping[str, Any]) -> tuple[str, int]:
-        """Start a service and return its address and pid."""
+        """Start a service and return its address and pid. Raises ChildProcessError as `start_workers` does."""
         file = self._write(config, f"{module}-{len(self._started)}.yaml")
         process, events = await self._start(module, ["--config", str(file)], ready=1)
         return str(events[0]["address"]), process.pid
@@ -97,10 +100,16 @@ class Processes:
                 if event.get("event") in ("ready", "worker_ready"):
                     events.append(event)
         if len(events) < ready:
-            tail = log_file.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{module} ended with status {await process.wait()} before it was ready:\n{tail}")
+            why = _causes(log_file.read_text(errors="replace"))
+            raise ChildProcessError(f"{module} ended with status {await process.wait()} before it was ready:\n{why}")
         self._readers.append(asyncio.create_task(_drop(process.stdout)))
         return process, events
+
+
+def _causes(log: str) -> str:
+    """Return the lines of a log that name an exception, each once, or its end when there are none."""
+    named = [line.rpartition("] ")[2].strip() for line in log.splitlines() if "Error: " in line]
+    return "\n".join(dict.fromkeys(named)) or log[-2000:]
 
 
 async def _drop(stream: asyncio.StreamReader) -> None:

@@ -18,20 +18,23 @@ class ResultFile:
         """Read what there is.
 
         Raises:
-            ValueError: the file holds runs under other settings.
+            ValueError: the file holds runs under other settings, or no runs.
         """
         self._path = path
         self._settings = dict(settings)
         self.results: list[dict[str, Any]] = []
         if path is None or not path.exists():
             return
-        document = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            given, self.results = dict(document["settings"]), list(document["results"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result file of this bench: {error!r}") from error
         # What an older file does not name is a flag that there was not.
-        there = {name: document["settings"].get(name, str(False)) for name in self._settings}
+        there = {name: given.get(name, str(False)) for name in self._settings}
         changed = {name: (there[name], value) for name, value in self._settings.items() if there[name] != value}
         if changed:
             raise ValueError(f"{path} holds runs under other settings (there, here): {changed}")
-        self.results = document["results"]
 
     def holds(self, key: RunKey) -> bool:
         """Tell whether a run is in the file already."""

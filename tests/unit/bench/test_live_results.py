@@ -54,6 +54,16 @@ def test_runs_under_other_settings_do_not_mix(tmp_path: Path) -> None:
         ResultFile(path, SETTINGS | {"slo": "2000/200"})
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3, "results": []}', "\xff"])
+def test_another_file_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    """Whatever it holds, it is named, and stays."""
+    path = tmp_path / "out.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"out\.json is no result file of this bench"):
+        ResultFile(path, SETTINGS)
+    assert path.read_text(encoding="latin-1") == content
+
+
 def test_the_table_is_complete() -> None:
     """Each value function but the default's twin, each mechanism once, no system twice."""
     assert len(set(TABLE)) == len(TABLE)
