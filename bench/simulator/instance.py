@@ -220,12 +220,11 @@ class Instance:
                 tightest_s = min(tightest_s, tbt_s)
                 bound_s = min(bound_s, _slack_s(now_s, tbt_s, now_s))
         for request in self.engine.running:
-            computed = request.computed_tokens
-            if computed < request.input_tokens or computed != request.total_tokens - 1:
+            if not request.decoding:
                 partial.append(request)
                 continue
             decodes.append(request)
-            context += computed + 1
+            context += request.total_tokens
             tbt_s = request.slo.tbt_s
             if tbt_s > least_s:
                 tightest_s = min(tightest_s, tbt_s)

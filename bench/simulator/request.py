@@ -13,10 +13,10 @@ class SimRequest(QueuedRequest):
 
     `prompt_tokens` is what has to be in the KV cache before the next token, so a preempted request's grows by what it
     had generated. `computed_tokens` is exact at every step end of its instance, and while it waits it is what was found
-    in the prefix cache; the router knows a `RoutedRequest`.
+    in the prefix cache; the router knows a `RoutedRequest`. A stream's fields stay as they are from where it joins its
+    engine's `Streams` to where it leaves them.
     """
 
-    # What every step reads and writes comes first: with many workers, each step finds its requests out of the cache.
     output_tokens: int
     """Tokens it will generate; no policy reads it."""
     input_tokens: int

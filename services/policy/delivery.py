@@ -30,16 +30,21 @@ class DeliverySpread:
     def allowance_s(self) -> float:
         """Return the room that pays best, in [0, MAX_ALLOWANCE_S]; 0 until enough steps were seen.
 
-        Room of r seconds takes about r / TBT of an instance's capacity, and as many of the requests under full load; a
-        gap that gains more than r costs each of the requests that had a share in the step with its odds of having had
-        such a gap. The sum is least at one of the gains that were seen.
+        Room of r seconds takes about r / TBT of an instance's capacity, and as many of the requests under full load;
+        besides, those fail of which one gap gains more than r. How often a gap does is counted in a whole window: one
+        not seen yet counts for one that gained nothing, lest the first stall speak for a rate. What gains more than the
+        most room there is cannot be saved, and is no reason for any. The sum is least at 0 or at one of the gains.
         """
-        count = len(self._inflations_s)
-        if count < _FEWEST_STEPS:
+        if len(self._inflations_s) < _FEWEST_STEPS:
             return 0.0
-        ordered = sorted(min(max(gain_s, 0.0), MAX_ALLOWANCE_S) for gain_s in self._inflations_s)
+        ordered = [0.0, *sorted(gain_s for gain_s in self._inflations_s if 0 < gain_s <= MAX_ALLOWANCE_S)]
         costs = (
-            (room_s / _REFERENCE_TBT_S + _GAPS_OF_A_REQUEST * (count - 1 - index) / count, room_s)
+            (room_s / _REFERENCE_TBT_S + _failing_share((len(ordered) - 1 - index) / _WINDOW_STEPS), room_s)
             for index, room_s in enumerate(ordered)
         )
         return min(costs)[1]
+
+
+def _failing_share(late_share: float) -> float:
+    """Return the share of requests with a late gap when so many of all gaps are late."""
+    return 1 - (1 - late_share) ** _GAPS_OF_A_REQUEST
