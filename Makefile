@@ -124,12 +124,11 @@ bench-live: setup ## The tables of live services with emulated engines; needs an
 	$(PY) -m demo.build_model --out $(MODEL)
 	$(LIVE) --workers 4 --rates 21 --seeds 1 2 3 --systems vllm-rr-640 ascendra vllm-work-640 paper \
 	  --out $(RESULTS)/ab-azure-conv-21rps.json
-	$(LIVE) --workers 4 --rates 26.5 --seeds 1 2 3 --systems ascendra unified ascendra-late vllm-work-640 vllm-work-768 \
+	$(LIVE) --workers 4 --rates 26.5 --seeds 1 2 --systems ascendra unified ascendra-late vllm-work-640 vllm-work-768 \
 	  vllm-rr-640 paper --out $(RESULTS)/ab-azure-conv-26rps.json
-	$(LIVE) --workers 4 --rates 26.5 --seeds 1 2 --systems ascendra ascendra-2hp ascendra-no-offload ascendra-no-tickets \
-	  ascendra-no-relegation ascendra-no-relief ascendra-static-512 ascendra-never-calm ascendra-no-predictor \
-	  ascendra-predictor-killed ascendra-predictor-paused ascendra-predictor-nonsense \
-	  --out $(RESULTS)/mechanisms-azure-conv-26rps.json
+	$(LIVE) --rates 42 --seeds 1 2 3 --systems ascendra unified ascendra-late vllm-rr-640 \
+	  ascendra-predictor-paused ascendra-no-predictor --out $(RESULTS)/live-azure-conv-42rps.json
+	$(LIVE) --rates 42 --seeds 1 --out $(RESULTS)/live-azure-conv-42rps.json
 	$(PY) -m bench.live --trace $(MOONCAKE) --arrivals trace --slo B/200 --model $(MODEL) --prefix-caching --rates 3 \
 	  --max-model-len 131072 --seconds 120 --warmup-s 40 --drain-s 30 --seeds 1 2 \
 	  --systems vllm-rr-512 vllm-sticky-512 ascendra --out $(RESULTS)/prefixes-live.json

@@ -52,11 +52,10 @@ def settings_line(module: str, settings: dict[str, Any], commit: str) -> str:
     return f"`python -m {module}` at `{commit[:12]}`: {shown}"
 
 
-def live_section(documents: Sequence[dict[str, Any]]) -> str:
-    """Render live runs of the same settings as one table."""
-    results = [result for document in documents for result in document["results"]]
-    lines = [settings_line("bench.live", document["settings"], document["commit"]) for document in documents]
-    return "\n\n".join([*lines, live_table(results)])
+def live_section(document: dict[str, Any]) -> str:
+    """Render live runs of the same settings."""
+    line = settings_line("bench.live", document["settings"], document["commit"])
+    return f"{line}\n\n{live_table(document['results'])}"
 
 
 def roles_section(document: dict[str, Any]) -> str:
@@ -141,9 +140,10 @@ def render(documents: dict[str, dict[str, Any]]) -> str:
     sections["cpu_fidelity"] = optional("cpu-fidelity", lambda d: cpu_fidelity_table(d["cells"]))
     sections["speed_in_turn"] = optional("speed-in-turn", lambda d: in_turn_table(d["cells"]))
     sections["prefixes"] = prefixes(documents)
-    sections["live_prefixes"] = optional("prefixes-live", lambda d: live_section([d]))
-    sections["live_ab"] = optional("ab-azure-conv-21rps", lambda d: live_section([d]))
-    sections["live"] = live_section([read(path.stem) for path in sorted(RESULTS.glob("live-*.json"))])
+    sections["live_prefixes"] = optional("prefixes-live", live_section)
+    sections["live_ab"] = optional("ab-azure-conv-21rps", live_section)
+    sections["live_beyond"] = optional("ab-azure-conv-26rps", live_section)
+    sections["live_mechanisms"] = optional("live-azure-conv-42rps", live_section)
     return Template(TEXT.read_text(encoding="utf-8")).substitute(sections)
 
 
