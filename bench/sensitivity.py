@@ -115,7 +115,7 @@ CASES = (
         "cluster size",
         "64 instances",
         _instances(64),
-        (*COMPARED, "ascendra-of-4", "ascendra-of-16", "ascendra-of-64"),
+        (*COMPARED, "ascendra-of-4", "ascendra-of-64"),
     ),
     Case("prediction error", "sigma 0.1", _truth(jitter=0.1)),
     Case("prediction error", "steps 1.2 times as long as believed, not learned", _truth(bias=1.2, learn=False)),

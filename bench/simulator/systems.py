@@ -139,7 +139,6 @@ SYSTEMS: dict[str, System] = {
     "ascendra-2hp": _split("the same with two HPs", _EDF_MH, hp_count=lambda _instances: 2),
     "ascendra-4hp": _split("the same with four HPs", _EDF_MH, hp_count=lambda _instances: 4),
     "ascendra-of-4": _split("the same, a placement predicts four instances, drawn at random", _EDF_MH, compared=4),
-    "ascendra-of-16": _split("the same, a placement predicts sixteen", _EDF_MH, compared=16),
     "ascendra-of-64": _split("the same, a placement predicts up to 64", _EDF_MH, compared=64),
     "ascendra-llf": _split("the same with least laxity first", _LLF_MH),
     "ascendra-no-tickets": _split("the same without tickets", _EDF_MH, tickets=None),
