@@ -57,7 +57,7 @@ class Processes:
             niceness: how much they give way to the other processes of this machine, 0 to 19.
 
         Raises:
-            ChildProcessError: it ended before it was ready; with the end of its log.
+            ChildProcessError: it ended before it was ready; with the exceptions that its log names.
         """
         files = [self._write(config, f"worker-{index}.yaml") for index, config in enumerate(configs)]
         flags = [part for file in files for part in ("--worker", str(file))]

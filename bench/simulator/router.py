@@ -270,9 +270,7 @@ class PlacingRouter:
         ledger.issue(((state.view.worker_id, state.obstacle(ledger.policy, tbt_s)) for state in self._high), now_s)
         if not ledger.free:
             return
-        backlogged = [
-            state for state in self._low if state.view.queue and state.may_give and state.work_s > state.pace.capacity_s
-        ]
+        backlogged = [state for state in self._low if state.may_give and state.work_s > state.pace.capacity_s]
         holders = heapq.nlargest(TICKET_HOLDERS, backlogged, key=_work)
         if not any(state.can_give for state in holders):
             return

@@ -194,13 +194,10 @@ class WaitingSet:
         if not pool or not (self._ranked or self._new):
             return []
         pace = min(pool, key=_work).pace
-        known = [request for _, request in self._ranked if request.prefix]
-        known += [request for request in self._new if request.prefix]
-        if known:
-            views = [one.view for one in pool]
-            for request in known:
+        for request in (*(request for _, request in self._ranked), *self._new):
+            if request.prefix:
                 # Wherever it finds most of its prompt, there it goes, unless it is sooner done elsewhere.
-                request.computed_tokens = self._finds.most_tokens(request, views, now_s)
+                request.computed_tokens = self._finds.most_tokens(request, (one.view for one in pool), now_s)
         if now_s - self._ranked_s < self.policy.refresh_s:
             for request in self._new:
                 insort(self._ranked, self._entry(request, pace, now_s), key=_key)

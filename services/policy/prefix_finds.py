@@ -1,7 +1,7 @@
 """What the instances' prefix caches hold of requests that wait for one of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from services.policy.state import InstanceView, QueuedRequest
 
@@ -19,10 +19,8 @@ class PrefixFinds:
         self._found: dict[str, tuple[float, dict[str, int]]] = {}
         """By request: when it was looked up, and the tokens that each instance holds."""
 
-    def most_tokens(self, request: QueuedRequest, views: Sequence[InstanceView], now_s: float) -> int:
+    def most_tokens(self, request: QueuedRequest, views: Iterable[InstanceView], now_s: float) -> int:
         """Return the longest beginning of a request that any instance holds, looked up anew now and then."""
-        if not request.prefix:
-            return 0
         asked_s, found = self._found.get(request.request_id, (-math.inf, {}))
         if now_s - asked_s >= _ASKED_ANEW_S:
             found = {view.worker_id: tokens for view in views if (tokens := view.cached_tokens(request))}
